@@ -1,0 +1,1 @@
+"""Kiln's configuration: YAML only; this file makes `pkg://conf` importable."""

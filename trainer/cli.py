@@ -1,0 +1,85 @@
+"""The `kiln` command: finds the subcommand's module and prints user errors in one message."""
+
+import errno
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from trainer.errors import BadInput, BadWorld
+
+# Imported by name, so that a laptop's `kiln --help` loads neither torch nor img2dataset.
+COMMANDS = {
+    "demo": ("trainer.demo", "the whole way on this machine: URLs in, pictures and a report out"),
+    "source": (
+        "data_prep.sources",
+        "make a folder of captioned pictures and a parquet of its URLs",
+    ),
+    "serve": ("data_prep.serve", "serve such a folder on loopback, with its faults"),
+    "prepare": ("data_prep.prepare", "download, check and publish image-text URLs as WebDataset"),
+    "encode": ("data_prep.encode", "turn pictures and captions into latents and text states"),
+    "verify": ("data_prep.verify", "re-hash and cross-check a published dataset"),
+    "plan": ("trainer.plan", "print what a training run will take; touches nothing"),
+    "train": ("trainer.train", "train, or continue a run; the same command again resumes"),
+    "sample": ("trainer.sample", "generate pictures from captions with a run's EMA weights"),
+    "evaluate": ("trainer.evaluate", "score samples against their captions"),
+    "export": ("trainer.export", "write a run's EMA weights as a diffusers folder"),
+    "report": ("trainer.report", "write the run's story as one HTML file"),
+    "launch": ("slurm.launch", "render the sbatch script of a run, and submit it"),
+}
+EXIT_INTERRUPTED = 130
+
+
+def usage() -> str:
+    """Return the help text of `kiln` itself."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {says}" for name, (_, says) in COMMANDS.items())
+    return (
+        "Kiln: from image-text URLs to a latent diffusion model, on a laptop or a cluster.\n\n"
+        f"usage: kiln COMMAND [key=value ...]\n\n{rows}\n\n"
+        "kiln COMMAND --help lists the command's keys and what they mean.\n"
+        "The first thing to type: kiln demo"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; return its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in {"-h", "--help", "help"}:
+        print(usage())
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        print(f"kiln: got the command '{name}'; known: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+        return int(module.main(rest))
+    except (BadInput, BadWorld) as error:
+        if "KILN_TRACEBACK" in os.environ:
+            raise
+        print(f"kiln {name}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"kiln {name}: {disk_full(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"kiln {name}: interrupted; the same command continues.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def disk_full(error: OSError) -> str:
+    """Say where the disk is full and what still stands."""
+    place = error.filename or "the output folder"
+    return (
+        f"the disk is full at {place}. Everything published before is valid: "
+        "free some space, or choose another folder, and give the same command again."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""What a training run may be told: frozen dataclasses and the rules between their values."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from trainer.frozen import config
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@config
+class AutoencoderConfig:
+    """Which pictures <-> latents model to load."""
+
+    kind: Literal["kl", "tiny"]
+    """kl: diffusers AutoencoderKL (mean and logvar); tiny: AutoencoderTiny (no logvar)."""
+    path: str
+    """A diffusers folder, a hub name, or package:NAME/FOLDER inside an installed package."""
+
+
+@config
+class TextEncoderConfig:
+    """Which captions -> states model to load, through transformers."""
+
+    kind: Literal["bert", "clip", "t5"]
+    """The family: which class reads the weights and how padding is masked."""
+    path: str
+    """A transformers folder, a hub name, or package:NAME/FOLDER inside an installed package."""
+    subfolder: str
+    """Folder of the weights inside `path`; empty for the top ('text_encoder' in SD folders)."""
+    tokenizer_subfolder: str
+    """Folder of the tokenizer inside `path`; empty for the top ('tokenizer' in SD folders)."""
+    max_tokens: PositiveInt
+    """Longer captions are cut here, special tokens included."""
+
+
+@config
+class EncodersConfig:
+    """Everything a latent depends on besides the picture; its hash is the encodings' name."""
+
+    autoencoder: AutoencoderConfig
+    """The first stage."""
+    text: TextEncoderConfig
+    """The caption encoder."""
+    image_side_px: PositiveInt
+    """Pictures are resized (shorter side) and centre-cropped to this square before encoding."""
+
+
+@config
+class UNetConfig:
+    """diffusers UNet2DConditionModel."""
+
+    kind: Literal["unet"]
+    """Selects this class."""
+    latent_channels: PositiveInt
+    """Channels of a latent; must equal the autoencoder's."""
+    latent_side: PositiveInt
+    """Rows and columns of a latent."""
+    text_width: PositiveInt
+    """Width of a text state; must equal the text encoder's."""
+    block_channels: tuple[PositiveInt, ...]
+    """Width of each resolution level."""
+    layers_per_block: PositiveInt
+    """Residual blocks per level."""
+    cross_attention: tuple[bool, ...]
+    """Whether each level attends to the text."""
+    head_width: tuple[PositiveInt, ...]
+    """Width of one attention head per level."""
+    norm_groups: PositiveInt
+    """Groups of the group norms."""
+    linear_projection: bool
+    """Linear instead of convolutional projections around attention (SD2: true)."""
+    num_parameters: PositiveInt
+    """Stated so that plans need no torch; a test compares it with the real model."""
+
+
+@config
+class TransformerConfig:
+    """diffusers PixArtTransformer2DModel: patches, adaptive norms, cross-attention to the text."""
+
+    kind: Literal["transformer"]
+    """Selects this class."""
+    latent_channels: PositiveInt
+    """Channels of a latent; must equal the autoencoder's."""
+    latent_side: PositiveInt
+    """Rows and columns of a latent."""
+    text_width: PositiveInt
+    """Width of a text state; must equal the text encoder's."""
+    patch_side: PositiveInt
+    """Rows and columns of latent per token."""
+    num_layers: PositiveInt
+    """Blocks."""
+    num_heads: PositiveInt
+    """Attention heads per block."""
+    head_width: PositiveInt
+    """Width of one head; heads x width is the width of a token."""
+    num_parameters: PositiveInt
+    """Stated so that plans need no torch; a test compares it with the real model."""
+
+
+@config
+class AutoencoderModelConfig:
+    """diffusers AutoencoderKL as the model in training."""
+
+    kind: Literal["autoencoder_kl"]
+    """Selects this class."""
+    latent_channels: PositiveInt
+    """Channels of a latent."""
+    block_channels: tuple[PositiveInt, ...]
+    """Width of each resolution level; every level but the last halves the side."""
+    layers_per_block: PositiveInt
+    """Residual blocks per level."""
+    norm_groups: PositiveInt
+    """Groups of the group norms."""
+    mid_attention: bool
+    """Self-attention at the lowest resolution."""
+    num_parameters: PositiveInt
+    """Stated so that plans need no torch; a test compares it with the real model."""
+
+
+ModelConfig = Annotated[
+    UNetConfig | TransformerConfig | AutoencoderModelConfig, Field(discriminator="kind")
+]
+
+
+@config
+class FlowConfig:
+    """Rectified flow (Liu et al. 2022; Esser et al. 2024): straight paths, velocity prediction."""
+
+    kind: Literal["flow"]
+    """Selects this process."""
+    logit_mean: float
+    """Mean of logit(t) in training; t=1 is noise."""
+    logit_std: PositiveFloat
+    """Standard deviation of logit(t)."""
+    caption_dropout: Fraction
+    """Share of captions replaced by the empty one, for classifier-free guidance."""
+
+
+@config
+class VpConfig:
+    """Variance-preserving diffusion on Stable Diffusion's scaled-linear schedule."""
+
+    kind: Literal["vp"]
+    """Selects this process."""
+    prediction: Literal["eps", "v"]
+    """What the network predicts."""
+    num_steps: PositiveInt
+    """Discrete noise levels."""
+    beta_start: PositiveFloat
+    """First beta."""
+    beta_end: PositiveFloat
+    """Last beta."""
+    caption_dropout: Fraction
+    """Share of captions replaced by the empty one, for classifier-free guidance."""
+
+
+@config
+class ReconstructionConfig:
+    """The autoencoder's objective: absolute and edge errors plus a small KL term."""
+
+    kind: Literal["reconstruction"]
+    """Selects this objective."""
+    kl_weight: NonNegativeFloat
+    """Weight of the KL divergence per latent number."""
+    edge_weight: NonNegativeFloat
+    """Weight of the error of horizontal and vertical differences; sharpens edges."""
+
+
+ObjectiveConfig = Annotated[
+    FlowConfig | VpConfig | ReconstructionConfig, Field(discriminator="kind")
+]
+
+
+@config
+class BatchConfig:
+    """How many images make one optimizer step, and how they are cut up."""
+
+    global_batch_images: PositiveInt
+    """Images per optimizer step, over all ranks."""
+    micro_batch_images: PositiveInt
+    """Images per forward pass on one rank; the only number that memory cares about."""
+
+
+@config
+class OptimConfig:
+    """AdamW and its schedule, counted in images."""
+
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction]
+    """AdamW's decay rates."""
+    eps: PositiveFloat
+    """AdamW's epsilon."""
+    weight_decay: NonNegativeFloat
+    """Decoupled weight decay."""
+    clip_grad_norm: PositiveFloat
+    """Gradients are scaled down to this global norm."""
+    warmup_images: NonNegativeInt
+    """The rate rises linearly over this many images."""
+    decay: Literal["none", "cosine", "linear"]
+    """How it falls from there to zero at `total_images`."""
+
+
+@config
+class EmaConfig:
+    """Exponential moving average of the weights, in fp32, on each rank's own fragment."""
+
+    half_life_images: PositiveFloat
+    """Images after which a weight's share has halved."""
+    warmup_ratio: Fraction
+    """Early in training the half life is at most this share of the images seen (EDM2)."""
+
+
+@config
+class EngineConfig:
+    """DeepSpeed."""
+
+    zero_stage: Literal[0, 1, 2, 3]
+    """0 replicates; 1 shards optimizer states, 2 also gradients, 3 also weights."""
+    precision: Literal["fp32", "bf16"]
+    """Arithmetic of the network; the optimizer and the EMA are always fp32."""
+    activation_checkpointing: bool
+    """Recompute activations in the backward pass to save memory."""
+    threads_per_rank: PositiveInt
+    """CPU threads of one rank."""
+
+
+@config
+class ClusterConfig:
+    """Where the ranks run."""
+
+    kind: Literal["local", "slurm"]
+    """local: processes on this machine; slurm: `kiln launch` renders an sbatch script."""
+    num_nodes: PositiveInt
+    """Machines."""
+    ranks_per_node: PositiveInt
+    """Processes per machine; one per GPU, or per share of the cores."""
+    device: Literal["cpu", "cuda"]
+    """cpu uses gloo, cuda uses NCCL."""
+    device_memory_gib: PositiveFloat
+    """Memory of one rank's device; plans are refused when a run cannot fit."""
+    partition: str
+    """Slurm partition; empty for the site's default."""
+    time_limit_min: PositiveInt
+    """Walltime of one Slurm job, in minutes."""
+    warn_before_kill_s: PositiveInt
+    """Slurm's warning signal comes this long before the end."""
+
+
+@config
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_images: PositiveInt
+    """Save after this many images; also at a stop signal and at the end."""
+    keep_last: PositiveInt
+    """Older checkpoints are deleted once a newer one is complete."""
+
+
+@config
+class LoggingConfig:
+    """What is told while training."""
+
+    every_steps: PositiveInt
+    """Steps between rows of metrics.jsonl."""
+    wandb: Literal["auto", "offline", "online", "disabled"]
+    """auto: online when a key is set, offline otherwise."""
+    wandb_project: str
+    """W&B project name."""
+    quiet: bool
+    """No progress bar; warnings and errors only."""
+    tdp_w_per_core: PositiveFloat
+    """Watts of one busy CPU core for the TDP model, used only where no energy counter exists."""
+
+
+@config
+class DataConfig:
+    """Where the samples come from."""
+
+    dataset: str
+    """A published dataset folder."""
+    prefetch_batches: PositiveInt
+    """Batches read ahead by one thread; never part of the resume state."""
+
+
+@config
+class TrainConfig:
+    """One training run."""
+
+    run: str
+    """Run directory; the same command with the same directory resumes."""
+    seed: NonNegativeInt
+    """Keys the order of the data and every random draw of a sample."""
+    total_images: PositiveInt
+    """Images to train on, counted over all ranks and epochs."""
+    data: DataConfig
+    encoders: EncodersConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    ema: EmaConfig
+    engine: EngineConfig
+    cluster: ClusterConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+
+    def __post_init__(self) -> None:
+        """Refuse values that contradict each other."""
+        trains_autoencoder = self.model.kind == "autoencoder_kl"
+        if trains_autoencoder != (self.objective.kind == "reconstruction"):
+            need = "reconstruction" if trains_autoencoder else "flow or vp"
+            raise ValueError(
+                f"model.kind={self.model.kind} cannot be trained with "
+                f"objective.kind={self.objective.kind}. Try objective={need}."
+            )
+        if self.engine.precision == "bf16" and self.cluster.device == "cpu":
+            raise ValueError(
+                "engine.precision=bf16 with cluster.device=cpu: CPUs here gain nothing from it "
+                "and gloo cannot reduce it. Try engine.precision=fp32."
+            )
+        if self.cluster.kind == "local" and self.cluster.num_nodes != 1:
+            raise ValueError(
+                f"cluster.num_nodes={self.cluster.num_nodes} needs cluster.kind=slurm; "
+                "a local run has one node. Try cluster.num_nodes=1."
+            )

@@ -1,0 +1,9 @@
+"""The two kinds of error a user can meet; the command line prints them without a traceback."""
+
+
+class BadInput(ValueError):
+    """A configuration, a file or a row is wrong; the message says what would be right."""
+
+
+class BadWorld(RuntimeError):
+    """The machine failed us (disk, network, process); the message says what still stands."""
