@@ -1,0 +1,1 @@
+"""From a parquet of URLs and captions to a published dataset; nothing here trains."""

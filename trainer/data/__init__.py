@@ -1,0 +1,1 @@
+"""The dataset format: manifests, tars with indexes, and how they are published and read."""

@@ -1,0 +1,199 @@
+"""What a published dataset consists of, and whether its files are all there."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from trainer.data.publish import file_sha256, publish_json
+from trainer.data.shards import REPAIR
+from trainer.errors import BadInput
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+ENCODING = "encoding.json"
+REPAIR_ENCODING = "Give the `kiln encode` command that made the encoding again."
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardEntry:
+    """One published tar and its index."""
+
+    name: str
+    """Path of the tar inside its folder: `shards/00000.tar`, or `00000.tar` in an encoding."""
+    bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Hash of the tar."""
+    count: int
+    """Samples in it."""
+    index_bytes: int
+    """Size of the index."""
+    index_sha256: str
+    """Hash of the index."""
+
+    @property
+    def number(self) -> str:
+        """The shard's number as text, e.g. '00000': equal in a dataset and in its encodings."""
+        return Path(self.name).stem
+
+    def tar(self, folder: Path) -> Path:
+        """Where the tar lies, in a dataset or encoding folder."""
+        return folder / self.name
+
+    def index(self, folder: Path) -> Path:
+        """Where the index lies."""
+        return folder / "index" / f"{self.number}.parquet"
+
+
+def describe_shard(folder: Path, name: str, count: int) -> ShardEntry:
+    """Measure and hash a tar that `write_shard` has written, and its index."""
+    tar, index = folder / name, folder / "index" / f"{Path(name).stem}.parquet"
+    return ShardEntry(
+        name=name,
+        bytes=tar.stat().st_size,
+        sha256=file_sha256(tar),
+        count=count,
+        index_bytes=index.stat().st_size,
+        index_sha256=file_sha256(index),
+    )
+
+
+def shards_fingerprint(shards: Iterable[ShardEntry]) -> str:
+    """Hash what the shards hold: sha256 over the sorted (name, sha256, count)."""
+    lines = sorted(f"{shard.name}\0{shard.sha256}\0{shard.count}\n" for shard in shards)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A dataset: its shards, what became of every input row, and where it came from."""
+
+    shards: tuple[ShardEntry, ...]
+    """In order of their names; never an empty shard."""
+    rows_in: int
+    """Rows of the source."""
+    rows_kept: int
+    """Samples in all shards."""
+    rejected: dict[str, int]
+    """Reason -> rows in quarantine for it."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Source hash, rules and their hash, versions of the tools."""
+    schema: int = SCHEMA
+    """Version of this layout."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The dataset's name by content; changes with any byte of any shard."""
+        return shards_fingerprint(self.shards)
+
+    @property
+    def rows_rejected(self) -> int:
+        """Rows in quarantine."""
+        return sum(self.rejected.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """Sidecar tars of latents and text states for the shards of one dataset."""
+
+    fingerprint: str
+    """The encoding's name: hash of everything that shapes a latent; also its folder's name."""
+    dataset_fingerprint: str
+    """The dataset that it was made from."""
+    shards: tuple[ShardEntry, ...]
+    """One per shard of the dataset, with equal numbers, keys and counts."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the encoders were, in words and numbers."""
+    schema: int = SCHEMA
+    """Version of this layout."""
+
+
+def save_manifest(dataset: Path, manifest: Manifest) -> None:
+    """Write `DATASET/manifest.json`, atomically."""
+    publish_json(dataset / MANIFEST, {**asdict(manifest), "fingerprint": manifest.fingerprint})
+
+
+def load_manifest(dataset: Path) -> Manifest:
+    """Read `DATASET/manifest.json`.
+
+    Raises:
+        BadInput: There is none (the dataset is unfinished), or it is not one.
+    """
+    path = dataset / MANIFEST
+    if not path.exists():
+        state = "is unfinished: it has no manifest.json" if dataset.exists() else "is not there"
+        raise BadInput(
+            f"the dataset {dataset} {state}. `kiln prepare rows=... dataset={dataset}` makes or "
+            "finishes it."
+        )
+    manifest = _load(Manifest, path, REPAIR)
+    kept = sum(shard.count for shard in manifest.shards)
+    if kept != manifest.rows_kept or manifest.rows_in != kept + manifest.rows_rejected:
+        raise BadInput(
+            f"{path} does not add up: {manifest.rows_in} rows in, {manifest.rows_kept} kept "
+            f"({kept} in its shards), {manifest.rows_rejected} rejected. {REPAIR}"
+        )
+    return manifest
+
+
+def save_encoding(dataset: Path, encoding: Encoding) -> None:
+    """Write `DATASET/encodings/<fingerprint>/encoding.json`, atomically."""
+    publish_json(encoding_folder(dataset, encoding.fingerprint) / ENCODING, asdict(encoding))
+
+
+def load_encoding(folder: Path) -> Encoding:
+    """Read the `encoding.json` of one encoding's folder."""
+    path = folder / ENCODING
+    if not path.exists():
+        raise BadInput(f"{folder} is no finished encoding: it has no {ENCODING}. {REPAIR_ENCODING}")
+    return _load(Encoding, path, REPAIR_ENCODING)
+
+
+def encoding_folder(dataset: Path, fingerprint: str) -> Path:
+    """Where an encoding lies."""
+    return dataset / "encodings" / fingerprint
+
+
+def list_encodings(dataset: Path) -> list[Encoding]:
+    """Read every finished encoding of a dataset, in order of their fingerprints."""
+    return [load_encoding(path.parent) for path in sorted(dataset.glob(f"encodings/*/{ENCODING}"))]
+
+
+def check_files(folder: Path, shards: Sequence[ShardEntry], *, repair: str = REPAIR) -> None:
+    """Check that every tar and index is there with the right number of bytes; reads no content.
+
+    Raises:
+        BadInput: The first file that is not, with the expected and the found size.
+    """
+    for shard in shards:
+        expected = ((shard.tar(folder), shard.bytes), (shard.index(folder), shard.index_bytes))
+        for path, expected_bytes in expected:
+            if not path.exists():
+                raise BadInput(f"{path} is not there, the manifest lists it. {repair}")
+            found_bytes = path.stat().st_size
+            if found_bytes != expected_bytes:
+                raise BadInput(
+                    f"{path} does not match the manifest: expected {expected_bytes} bytes, found "
+                    f"{found_bytes}. {repair}"
+                )
+
+
+def _load(cls: type[T], path: Path, repair: str) -> T:
+    try:
+        loaded = TypeAdapter(cls).validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise BadInput(f"{path} is damaged: {where} {problem['msg']}. {repair}") from error
+    found = getattr(loaded, "schema", SCHEMA)
+    if found != SCHEMA:
+        raise BadInput(
+            f"{path} has schema {found}, this Kiln reads {SCHEMA}: use the Kiln that wrote it."
+        )
+    return loaded

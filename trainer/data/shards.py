@@ -1,0 +1,203 @@
+"""Write tars that are the same byte for byte, index them, and read their members by position."""
+
+import os
+import tarfile
+from collections.abc import Iterable, Mapping
+from io import BytesIO
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.data.publish import published
+from trainer.errors import BadInput
+
+BLOCK_BYTES = 512
+REPAIR = "Give the `kiln prepare` command that made the dataset again: it writes what is missing."
+
+
+class Sample(NamedTuple):
+    """One training sample: what a shard stores under one key."""
+
+    key: str
+    """16 lowercase hex digits."""
+    members: Mapping[str, bytes]
+    """File extension (without the first dot) -> content: {"jpg": ..., "latent.npy": ...}."""
+    columns: Mapping[str, Any] = MappingProxyType({})
+    """Extra values for the index; every sample of a shard has the same names."""
+
+
+def write_shard(tar_path: Path, index_path: Path, samples: Iterable[Sample]) -> int:
+    """Write a tar and its index, each atomically, the tar first; return the number of samples.
+
+    Equal samples give equal bytes: members go by key, then extension, with a fixed owner, mode
+    and time. The samples are consumed one by one, so a generator keeps memory small.
+
+    Args:
+        tar_path: Where the tar goes, e.g. `DATASET/shards/00000.tar`.
+        index_path: Where its parquet index goes.
+        samples: In strictly increasing order of their keys.
+    """
+    rows: list[dict[str, Any]] = []
+    last_key = ""
+    with published(tar_path) as partial, partial.open("wb") as file, _ustar(file) as tar:
+        for sample in samples:
+            assert sample.key > last_key, f"keys out of order: {last_key}, {sample.key}"
+            last_key = sample.key
+            rows.append({"key": sample.key, **_add(tar, sample), **sample.columns})
+    with published(index_path) as partial:
+        pq.write_table(_table(rows), partial, compression="zstd")
+    return len(rows)
+
+
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    # from_pylist alone would keep the columns of the first row only.
+    names = sorted({name for row in rows for name in row} - {"key"})
+    return pa.table({name: [row.get(name) for row in rows] for name in ("key", *names)})
+
+
+def _ustar(file: BinaryIO) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+
+
+def _add(tar: tarfile.TarFile, sample: Sample) -> dict[str, int]:
+    where: dict[str, int] = {}
+    for extension in sorted(sample.members):
+        content = sample.members[extension]
+        info = tarfile.TarInfo(f"{sample.key}.{extension}")
+        info.size = len(content)
+        info.mode = 0o644  # time and owner are 0 and empty by default
+        where[f"offset.{extension}"] = tar.offset + BLOCK_BYTES
+        where[f"size.{extension}"] = len(content)
+        tar.addfile(info, BytesIO(content))
+    return where
+
+
+def read_index(path: Path, *, repair: str = REPAIR) -> pa.Table:
+    """Read a shard's index: key, `offset.EXT` and `size.EXT` (int64, of the payload), and more."""
+    try:
+        return pq.read_table(path)
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} is not there. {repair}") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadInput(f"{path} is no readable parquet file ({error}). {repair}") from error
+
+
+def scan_tar(path: Path, *, repair: str = REPAIR) -> pa.Table:
+    """Build the member part of an index from a tar's headers alone; payloads are not read.
+
+    Raises:
+        BadInput: The tar is cut, or no plain USTAR archive.
+    """
+    samples: dict[str, dict[str, Any]] = {}
+    for name, offset, num_bytes in _headers(path, repair):
+        key, _, extension = name.partition(".")
+        row = samples.setdefault(key, {"key": key})
+        row[f"offset.{extension}"] = offset
+        row[f"size.{extension}"] = num_bytes
+    return _table(list(samples.values()))
+
+
+def _headers(path: Path, repair: str) -> Iterable[tuple[str, int, int]]:
+    """Yield (name, payload offset, payload bytes) of every regular file in a USTAR archive."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} is not there. {repair}") from error
+    with file:
+        found_bytes = os.fstat(file.fileno()).st_size
+        at = 0
+        while True:
+            header = os.pread(file.fileno(), BLOCK_BYTES, at)
+            if len(header) < BLOCK_BYTES:
+                raise _cut(path, at + 2 * BLOCK_BYTES, found_bytes, repair)
+            if not header.strip(b"\0"):
+                return
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+            except (tarfile.HeaderError, UnicodeDecodeError) as error:
+                raise BadInput(f"{path}: byte {at} is no tar header ({error}). {repair}") from error
+            payload = at + BLOCK_BYTES
+            at = payload + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES
+            if found_bytes < at:
+                raise _cut(path, at, found_bytes, repair)
+            if info.isreg():
+                yield info.name, payload, info.size
+
+
+def _cut(path: Path, needed_bytes: int, found_bytes: int, repair: str) -> BadInput:
+    return BadInput(
+        f"{path} is cut: expected at least {needed_bytes} bytes, found {found_bytes}. {repair}"
+    )
+
+
+class Shard:
+    """A tar opened for reading by position; safe to read from several threads."""
+
+    def __init__(self, tar_path: Path, index: pa.Table, *, repair: str = REPAIR) -> None:
+        """Open `tar_path`; `index` is what `read_index` or `scan_tar` gave."""
+        self.path = tar_path
+        self.keys: list[str] = index["key"].to_pylist() if index.num_rows else []
+        self._repair = repair
+        self._where = {
+            name.partition(".")[2]: (
+                index[name].to_pylist(),
+                index[f"size.{name.partition('.')[2]}"].to_pylist(),
+            )
+            for name in index.column_names
+            if name.startswith("offset.")
+        }
+        try:
+            self._file = tar_path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise BadInput(f"{tar_path} is not there. {repair}") from error
+
+    def read(self, row: int, extension: str) -> bytes:
+        """Read one member of the sample number `row`.
+
+        Raises:
+            BadInput: The tar ends before the member does.
+            KeyError: No sample of this shard has such a member.
+        """
+        offsets, sizes = self._where[extension]
+        if offsets[row] is None:
+            raise KeyError(f"{self.keys[row]}.{extension} is not in {self.path}")
+        content = read_at(self._file, offsets[row], sizes[row])
+        if len(content) < sizes[row]:
+            found_bytes = os.fstat(self._file.fileno()).st_size
+            raise _cut(self.path, offsets[row] + sizes[row], found_bytes, self._repair)
+        return content
+
+    def extensions(self, row: int) -> list[str]:
+        """List the members that the sample number `row` has, sorted."""
+        return sorted(ext for ext, (offsets, _) in self._where.items() if offsets[row] is not None)
+
+    def close(self) -> None:
+        """Close the tar."""
+        self._file.close()
+
+    def __enter__(self) -> "Shard":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_at(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
+    """Read up to `num_bytes` at `offset` without moving the file; short only at its end."""
+    pieces: list[bytes] = []
+    while num_bytes > 0:
+        piece = os.pread(file.fileno(), num_bytes, offset)
+        if not piece:
+            break
+        pieces.append(piece)
+        offset += len(piece)
+        num_bytes -= len(piece)
+    return b"".join(pieces)
