@@ -197,9 +197,7 @@ def _spot(pixels: Floats, ground: Floats, part: NDArray[np.bool_], row: NDArray[
     )
 
 
-def _shape(
-    pixels: Floats, ground: Floats, colour: Floats, part: NDArray[np.bool_]
-) -> str | None:
+def _shape(pixels: Floats, ground: Floats, colour: Floats, part: NDArray[np.bool_]) -> str | None:
     """The template that covers the part best, or None where none covers it well.
 
     How much of the thing a pixel holds is its position between the two colours, so that soft
@@ -244,7 +242,7 @@ def _templates() -> dict[str, Floats]:
         canvas = Image.new("L", (SIDE_PX * 8, SIDE_PX * 8), 0)
         middle = SIDE_PX * 4
         draw_shape(ImageDraw.Draw(canvas), shape, (middle, middle), 0.18 * SIDE_PX * 8, 255, 0)
-        found[shape] = _normal(np.asarray(canvas.reduce(8), np.float32) / 255)
+        found[shape] = _normal(np.asarray(canvas.reduce(8), np.float32) / np.float32(255))
     return found
 
 

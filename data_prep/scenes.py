@@ -13,7 +13,7 @@ nor is any scene with one of `UNSEEN_PAIRS`, the harder test of putting known wo
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -40,7 +40,9 @@ BACKGROUNDS = ("white", "grey", "black", "yellow", "blue")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 0.135, "large": 0.235}  # radius as a fraction of the shorter side
 PAIR_RADIUS_FRAC = 0.165
-PLACES: dict[str, tuple[str, tuple[float, float]]] = {  # phrase; centre from the middle of the picture
+PLACES: dict[
+    str, tuple[str, tuple[float, float]]
+] = {  # phrase; centre from the middle of the picture
     "left": ("on the left", (-0.23, 0.0)),
     "right": ("on the right", (0.23, 0.0)),
     "top": ("at the top", (0.0, -0.23)),
@@ -111,7 +113,7 @@ class Scene:
         return (self.thing,) if self.other is None else (self.thing, self.other)
 
 
-def _one_of(what: str, value: str | None, known: Sequence[str] | dict[str, object]) -> None:
+def _one_of(what: str, value: str | None, known: Collection[str]) -> None:
     if value not in known:
         raise BadInput(f"{what}: got {value!r}, know {', '.join(known)}")
 
@@ -172,7 +174,9 @@ def held_out_scenes(
         if scene and is_held_out(scene) and _has_unseen_pair(scene) == unseen_pairs:
             found[scene] = None
     if len(found) < count:
-        raise BadInput(f"asked for {count} held-out scenes, there are about {len(found)}: ask fewer")
+        raise BadInput(
+            f"asked for {count} held-out scenes, there are about {len(found)}: ask fewer"
+        )
     return list(found)
 
 
@@ -279,12 +283,13 @@ def paint(
     ground = _shade(COLOURS[scene.background], choices)
     canvas = Image.new("RGB", (width_px * scale, height_px * scale), ground)
     draw = ImageDraw.Draw(canvas)
+    unit = side_px * scale
     for thing, (x_frac, y_frac), radius_frac in _layout(scene):
-        x_frac, y_frac = (at + _wobble(choices, 0.02) for at in (x_frac, y_frac))
-        radius = radius_frac * (1 + _wobble(choices, 0.06)) * side_px * scale
-        centre = (width_px * scale / 2, height_px * scale / 2)
-        at = (centre[0] + x_frac * side_px * scale, centre[1] + y_frac * side_px * scale)
-        draw_shape(draw, thing.shape, at, radius, _shade(COLOURS[thing.colour], choices), ground)
+        x = width_px * scale / 2 + (x_frac + _wobble(choices, 0.02)) * unit
+        y = height_px * scale / 2 + (y_frac + _wobble(choices, 0.02)) * unit
+        radius = radius_frac * (1 + _wobble(choices, 0.06)) * unit
+        fill = _shade(COLOURS[thing.colour], choices)
+        draw_shape(draw, thing.shape, (x, y), radius, fill, ground)
     return canvas.reduce(scale)
 
 
@@ -341,8 +346,6 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
     "cross": [
         turn
         for k in range(4)
-        for turn in [
-            ((u, v), (-v, u), (-u, -v), (v, -u))[k] for u, v in _QUARTER
-        ]
+        for turn in [((u, v), (-v, u), (-u, -v), (v, -u))[k] for u, v in _QUARTER]
     ],
 }
