@@ -1,0 +1,183 @@
+"""Samples by number: latents with text states from an encoding, or pictures from a dataset."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.data.manifest import (
+    Encoding,
+    Manifest,
+    ShardEntry,
+    check_files,
+    encoding_folder,
+)
+from trainer.data.shards import Shard, read_index
+from trainer.errors import BadInput
+
+# Shape suffixes: B samples, C latent channels, H W rows and columns, L text tokens, D text width.
+
+_PICTURES = ("jpg", "png", "webp")
+
+
+@dataclass(frozen=True, slots=True)
+class LatentBatch:
+    """Samples of one micro-batch as the encoders left them."""
+
+    ids_B: Tensor
+    """int64 sample ids; with `visits_B` they key every random draw of a sample."""
+    visits_B: Tensor
+    """int64, how often each sample was seen before."""
+    mean_BCHW: Tensor
+    """fp32 latent means, not normalised."""
+    logvar_BCHW: Tensor
+    """fp32 latent log-variances."""
+    text_BLD: Tensor
+    """fp32 text states, zero after each caption's end."""
+    text_mask_BL: Tensor
+    """bool, true on real tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureBatch:
+    """Pictures of one micro-batch."""
+
+    ids_B: Tensor
+    """int64 sample ids."""
+    visits_B: Tensor
+    """int64, how often each sample was seen before."""
+    pictures_BCHW: Tensor
+    """fp32 RGB in [-1, 1]."""
+
+
+class Source(Protocol):
+    """What a stream reads from."""
+
+    num_samples: int
+
+    def load(
+        self, samples: NDArray[np.int64], visits: NDArray[np.int64]
+    ) -> LatentBatch | PictureBatch:
+        """Read the given samples."""
+
+
+class _Shards:
+    """All shards of one folder as one row of samples; opened when first met."""
+
+    def __init__(self, folder: Path, entries: tuple[ShardEntry, ...]) -> None:
+        check_files(folder, entries)
+        self._folder, self._entries = folder, entries
+        self._ends = np.cumsum([entry.count for entry in entries])
+        self._open: dict[int, Shard] = {}
+        self.num_samples = int(self._ends[-1])
+
+    def find(self, sample: int) -> tuple[Shard, int]:
+        """Return the shard that holds a sample, and its row there."""
+        number = int(np.searchsorted(self._ends, sample, side="right"))
+        shard = self._open.get(number)
+        if shard is None:
+            entry = self._entries[number]
+            index = read_index(entry.index(self._folder))
+            shard = self._open[number] = Shard(entry.tar(self._folder), index)
+        return shard, int(sample - self._ends[number] + self._entries[number].count)
+
+
+class LatentSource:
+    """Reads `KEY.latent.npy` and `KEY.text.npy` of one encoding."""
+
+    def __init__(self, dataset: Path, encoding: Encoding) -> None:
+        """Open the sidecar tars of `encoding` for reading by position."""
+        self._shards = _Shards(encoding_folder(dataset, encoding.fingerprint), encoding.shards)
+        self.num_samples = self._shards.num_samples
+
+    def load(self, samples: NDArray[np.int64], visits: NDArray[np.int64]) -> LatentBatch:
+        """Read latents and text states; shorter captions are padded to the batch's longest."""
+        places = [self._shards.find(int(sample)) for sample in samples]
+        latents = np.stack([_npy(shard.read(row, "latent.npy")) for shard, row in places])
+        texts = [_npy(shard.read(row, "text.npy")) for shard, row in places]
+        moments_B2CHW = torch.from_numpy(latents).float()
+        text_BLD, mask_BL = pad_texts([torch.from_numpy(text) for text in texts])
+        return LatentBatch(
+            ids_B=_ids(places),
+            visits_B=torch.from_numpy(visits),
+            mean_BCHW=moments_B2CHW[:, 0],
+            logvar_BCHW=moments_B2CHW[:, 1],
+            text_BLD=text_BLD,
+            text_mask_BL=mask_BL,
+        )
+
+
+class PictureSource:
+    """Reads and decodes the pictures of a dataset."""
+
+    def __init__(self, dataset: Path, manifest: Manifest, *, side_px: int) -> None:
+        """Open the dataset's tars; pictures are resized and centre-cropped to `side_px`."""
+        self._shards = _Shards(dataset, manifest.shards)
+        self._side_px = side_px
+        self.num_samples = self._shards.num_samples
+
+    def load(self, samples: NDArray[np.int64], visits: NDArray[np.int64]) -> PictureBatch:
+        """Read and decode pictures."""
+        places = [self._shards.find(int(sample)) for sample in samples]
+        pictures = np.stack([self._picture(shard, row) for shard, row in places])
+        return PictureBatch(
+            ids_B=_ids(places),
+            visits_B=torch.from_numpy(visits),
+            pictures_BCHW=torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0,
+        )
+
+    def _picture(self, shard: Shard, row: int) -> NDArray[np.uint8]:
+        extension = next(ext for ext in shard.extensions(row) if ext in _PICTURES)
+        content = shard.read(row, extension)
+        return decode_square(content, self._side_px, name=f"{shard.keys[row]}.{extension}")
+
+
+def decode_square(content: bytes, side_px: int, *, name: str) -> NDArray[np.uint8]:
+    """Decode a picture, resize its shorter side and crop the centre.
+
+    Args:
+        content: JPEG, PNG or WebP.
+        side_px: Side of the result.
+        name: Named in the error.
+
+    Returns:
+        ``(side_px, side_px, 3)`` RGB.
+
+    Raises:
+        BadInput: The bytes are no picture.
+    """
+    bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    if bgr is None:
+        raise BadInput(f"{name} does not decode as a picture; `kiln verify` re-hashes its tar.")
+    height, width = bgr.shape[:2]
+    scale = side_px / min(height, width)
+    if scale != 1:
+        size = (max(side_px, round(width * scale)), max(side_px, round(height * scale)))
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        bgr = cv2.resize(bgr, size, interpolation=how)
+    top, left = (bgr.shape[0] - side_px) // 2, (bgr.shape[1] - side_px) // 2
+    crop = bgr[top : top + side_px, left : left + side_px, ::-1]
+    return np.ascontiguousarray(crop).astype(np.uint8, copy=False)
+
+
+def pad_texts(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack ``(L_i, D)`` text states to fp32 ``(B, L, D)`` and a bool mask ``(B, L)``."""
+    text_BLD = torch.nn.utils.rnn.pad_sequence([t.float() for t in texts], batch_first=True)
+    lengths_B = torch.tensor([len(text) for text in texts])
+    return text_BLD, torch.arange(text_BLD.shape[1])[None] < lengths_B[:, None]
+
+
+def _npy(content: bytes) -> NDArray[np.float16]:
+    array: NDArray[np.float16] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    return array
+
+
+def _ids(places: list[tuple[Shard, int]]) -> Tensor:
+    keys = np.array([int(shard.keys[row], 16) for shard, row in places], dtype=np.uint64)
+    return torch.from_numpy(keys.view(np.int64))

@@ -1,0 +1,118 @@
+"""What a training run will take: arithmetic on its frozen config, before any device is touched."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.command import run_command
+from trainer.config import TrainConfig
+from trainer.errors import BadInput
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Derived numbers of a run."""
+
+    num_ranks: int
+    accumulation_steps: int
+    images_per_step: int
+    total_steps: int
+    checkpoint_every_steps: int
+    weights_gib: float
+    """Per rank: the network in the precision it runs in, and its gradients."""
+    states_gib: float
+    """Per rank: fp32 master weights, two AdamW moments and the EMA."""
+
+
+def make_plan(cfg: TrainConfig) -> Plan:
+    """Derive a run's numbers, or refuse it with values that would work.
+
+    Raises:
+        BadInput: The batch does not divide, or weights and optimizer cannot fit on the device.
+    """
+    num_ranks = cfg.cluster.num_nodes * cfg.cluster.ranks_per_node
+    batch, micro = cfg.batch.global_batch_images, cfg.batch.micro_batch_images
+    per_pass = micro * num_ranks
+    accumulation_steps, rest = divmod(batch, per_pass)
+    if rest or not accumulation_steps:
+        below, above = max(accumulation_steps, 1) * per_pass, (accumulation_steps + 1) * per_pass
+        advice = f"{below} or {above}" if below != above else f"{below}"
+        raise BadInput(
+            f"batch.global_batch_images={batch} is not a multiple of "
+            f"batch.micro_batch_images x ranks = {micro} x {num_ranks} = {per_pass}. Try {advice}."
+        )
+    weights, states = (bytes_ / _GIB for bytes_ in _bytes_per_rank(cfg, num_ranks))
+    if weights + states > cfg.cluster.device_memory_gib:
+        raise BadInput(
+            f"weights, gradients, optimizer and EMA take {weights + states:.1f} GiB per rank at "
+            f"engine.zero_stage={cfg.engine.zero_stage} on {num_ranks} ranks, "
+            f"cluster.device_memory_gib={cfg.cluster.device_memory_gib:g}. Try a higher "
+            "engine.zero_stage, more ranks or a smaller model."
+        )
+    return Plan(
+        num_ranks=num_ranks,
+        accumulation_steps=accumulation_steps,
+        images_per_step=batch,
+        total_steps=-(-cfg.total_images // batch),
+        checkpoint_every_steps=max(1, round(cfg.checkpoint.every_images / batch)),
+        weights_gib=weights,
+        states_gib=states,
+    )
+
+
+def _bytes_per_rank(cfg: TrainConfig, num_ranks: int) -> tuple[float, float]:
+    """Sharding as in ZeRO (Rajbhandari et al. 2020): 1 states, 2 gradients, 3 weights."""
+    params, stage = cfg.model.num_parameters, cfg.engine.zero_stage
+    width = 2 if cfg.engine.precision == "bf16" else 4
+    weights = params * width / (num_ranks if stage >= 3 else 1)
+    gradients = params * width / (num_ranks if stage >= 2 else 1)
+    master_and_moments = params * 12 / (num_ranks if stage >= 1 else 1)
+    ema = params * 4 / num_ranks
+    return weights + gradients, master_and_moments + ema
+
+
+def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield the plan as (what, how much) for a table."""
+    cluster, batch = cfg.cluster, cfg.batch
+    yield "model", f"{cfg.model.kind}, {cfg.model.num_parameters / 1e6:,.1f} M parameters"
+    yield (
+        "ranks",
+        f"{plan.num_ranks} on {cluster.num_nodes} nodes, {cluster.device}",
+    )
+    yield (
+        "images per step",
+        f"{plan.images_per_step:,} = {batch.micro_batch_images} x {plan.num_ranks} ranks "
+        f"x {plan.accumulation_steps} accumulated",
+    )
+    yield "steps", f"{plan.total_steps:,} for {cfg.total_images:,} images"
+    yield (
+        "checkpoint",
+        f"every {plan.checkpoint_every_steps:,} steps, {_checkpoint_gib(cfg):,.2f} GiB",
+    )
+    yield (
+        "memory per rank",
+        f"{plan.weights_gib:,.2f} GiB weights and gradients + {plan.states_gib:,.2f} GiB optimizer "
+        f"and EMA of {cluster.device_memory_gib:g} GiB; activations are not counted",
+    )
+
+
+def _checkpoint_gib(cfg: TrainConfig) -> float:
+    return cfg.model.num_parameters * 16 / _GIB
+
+
+def show(cfg: TrainConfig) -> int:
+    """Print the plan of a run."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for what, how_much in rows(cfg, make_plan(cfg)):
+        table.add_row(what, how_much)
+    Console().print(table)
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """`kiln plan [experiment=...] [key=value ...]`."""
+    return run_command(show, TrainConfig, "train", argv)

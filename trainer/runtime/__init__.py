@@ -1,0 +1,1 @@
+"""The only place that knows ranks: communication, engine, EMA, checkpoints, signals."""

@@ -1,0 +1,51 @@
+"""The few collectives that Kiln itself needs, on small vectors of floats."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from trainer.runtime.env import RankEnv
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+class Comm:
+    """The process group of a run; starts DeepSpeed's backend, which shares it."""
+
+    def __init__(self, env: RankEnv, device: Literal["cpu", "cuda"]) -> None:
+        """Join the group: gloo on CPU, NCCL on CUDA."""
+        os.environ["DS_ACCELERATOR"] = device
+        import deepspeed  # noqa: PLC0415 - reads DS_ACCELERATOR when first imported
+
+        self.rank, self.world = env.rank, env.world
+        self.device = torch.device(f"cuda:{env.local_rank}" if device == "cuda" else "cpu")
+        if device == "cuda":
+            torch.cuda.set_device(self.device)
+        deepspeed.init_distributed(
+            dist_backend="gloo" if device == "cpu" else "nccl",
+            auto_mpi_discovery=False,
+            timeout=_TIMEOUT,
+            verbose=False,
+        )
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add `values` over all ranks, in double precision; every rank gets the sums."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total]
+
+    def from_rank_0(self, value: float) -> float:
+        """Give every rank the value of rank 0."""
+        return self.sum([value if self.rank == 0 else 0.0])[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group."""
+        dist.destroy_process_group()

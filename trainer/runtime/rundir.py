@@ -1,0 +1,74 @@
+"""The run directory: its frozen config, its attempts, and the lock that only one may hold."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.config import TrainConfig
+from trainer.errors import BadInput
+from trainer.frozen import differences, read_yaml, thaw, write_yaml
+
+# What may differ between attempts without changing which numbers are computed in which order.
+_MAY_CHANGE = ("cluster.", "checkpoint.", "logging.", "engine.", "data.prefetch_batches", "total_")
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run; the kernel lets go when the process dies, so no stale lock can remain.
+
+    Raises:
+        BadInput: Another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise BadInput(
+                f"{run} is being trained by process {file.read() or '?'} right now. Wait for it, "
+                "stop it (it saves first), or choose another run=."
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def freeze_config(run: Path, cfg: TrainConfig) -> list[str]:
+    """Write RUN/config.yaml, or compare with the one that is there.
+
+    Returns:
+        What changed since the run began, among the things that may.
+
+    Raises:
+        BadInput: Something changed that would make it another run.
+    """
+    path = run / "config.yaml"
+    changed: list[str] = []
+    if path.exists():
+        before = thaw(read_yaml(TrainConfig, path))
+        changed = [line for line in differences(before, thaw(cfg)) if not line.startswith("run:")]
+        refused = [line for line in changed if not line.startswith(_MAY_CHANGE)]
+        if refused:
+            raise BadInput(
+                f"{run} was begun with another configuration:\n  " + "\n  ".join(refused) + "\n"
+                "Give it the values it was begun with, or choose another run=."
+            )
+    write_yaml(cfg, path)
+    return changed
+
+
+def new_attempt(run: Path) -> int:
+    """Make the folder of the next attempt and return its number."""
+    attempts = run / "attempts"
+    number = sum(1 for _ in attempts.glob("[0-9]*")) if attempts.exists() else 0
+    (attempts / f"{number:03d}").mkdir(parents=True)
+    return number
+
+
+def attempt_dir(run: Path, attempt: int) -> Path:
+    """Where an attempt's logs lie."""
+    return run / "attempts" / f"{attempt:03d}"
