@@ -1,0 +1,1 @@
+"""Diffusion mathematics: pure functions of tensors, with the randomness passed in."""
