@@ -1,0 +1,147 @@
+"""What the data commands may be told: frozen dataclasses."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from trainer.frozen import config
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+@config
+class ColumnsConfig:
+    """What the columns of the source parquet are called."""
+
+    url: str
+    """Where the picture is."""
+    caption: str
+    """What it shows."""
+    extra: tuple[str, ...]
+    """Columns to carry into KEY.json where the source has them."""
+
+
+@config
+class DownloadConfig:
+    """How pictures are fetched, and from where they may come."""
+
+    timeout_s: PositiveFloat
+    """Longest wait for a connection or for the next bytes."""
+    deadline_s: PositiveFloat
+    """Longest time for one whole body, however steadily it drips."""
+    max_body_bytes: PositiveInt
+    """Longer bodies are refused."""
+    retries: NonNegativeInt
+    """Further attempts after a failure; 0 is polite and enough (failed rows are in quarantine)."""
+    user_agent: str
+    """Who asks, as sent to every server; say how you can be reached."""
+    robots_directives: tuple[str, ...]
+    """A picture whose X-Robots-Tag header has one of these is left alone; [] ignores opt-outs."""
+    allow_hosts: tuple[str, ...]
+    """Hosts (HOST or HOST:PORT) that may have private or loopback addresses; others may not."""
+    accept_unreachable: bool
+    """Publish a unit none of whose rows could be reached; else the command stops and says so."""
+
+
+@config
+class PrepareConfig:
+    """`kiln prepare`."""
+
+    rows: Path
+    """The source: a parquet file of URLs and captions, or a folder of such files."""
+    dataset: Path
+    """Folder to publish into."""
+    shard_rows: PositiveInt
+    """Distinct rows per unit of work; a unit's kept rows become one shard."""
+    image_side_px: PositiveInt
+    """Pictures are resized to this side, as resize_mode says."""
+    resize_mode: Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
+    """As img2dataset names them; keep_ratio makes the shorter side image_side_px."""
+    resize_only_if_bigger: bool
+    """Leave pictures that are smaller as they are."""
+    encode_format: Literal["jpg", "png", "webp"]
+    """How stored pictures are encoded."""
+    encode_quality: NonNegativeInt
+    """jpg, webp: quality, 0 to 100; png: compression, 0 to 9."""
+    min_image_side_px: NonNegativeInt
+    """Pictures with a shorter side are rejected."""
+    max_image_pixels: PositiveInt
+    """Pictures with more pixels are rejected before they are decoded."""
+    max_aspect_ratio: PositiveFloat
+    """Pictures whose longer side is more than this many times the shorter one are rejected."""
+    columns: ColumnsConfig
+    """Names of the source's columns."""
+    download: DownloadConfig
+    """How pictures are fetched."""
+    processes: PositiveInt | None
+    """Worker processes; null is one per core."""
+    threads: PositiveInt
+    """Simultaneous downloads per worker process."""
+    recheck: Literal["sizes", "hashes"]
+    """How finished shards are judged when the command is given again; hashes reads them all."""
+
+
+@config
+class VerifyConfig:
+    """`kiln verify`."""
+
+    dataset: Path
+    """The dataset to read in full."""
+
+
+@config
+class ServeConfig:
+    """`kiln serve`."""
+
+    source: Path
+    """A folder that `kiln source` made."""
+
+
+@config
+class FaultsConfig:
+    """Shares of the rows that get each fault, so that a pipeline meets them all."""
+
+    missing_frac: Fraction
+    """404."""
+    truncated_frac: Fraction
+    """The connection ends before Content-Length bytes came."""
+    cut_frac: Fraction
+    """Half the file, with the length of half the file."""
+    not_an_image_frac: Fraction
+    """An HTML page, with status 200."""
+    slow_frac: Fraction
+    """No answer for slow_s."""
+    redirect_frac: Fraction
+    """302 to the real picture; these rows succeed."""
+    opt_out_frac: Fraction
+    """The picture with the header X-Robots-Tag: noai."""
+    duplicate_frac: Fraction
+    """Rows that are in the parquet twice, added to num_pictures."""
+    slow_s: PositiveFloat
+    """How long a slow answer takes; more than download.timeout_s."""
+
+
+@config
+class SourceConfig:
+    """`kiln source`."""
+
+    kind: Literal["scenes", "emoji", "folder"]
+    """scenes: painted; emoji: from three npm packages; folder: your own pictures and captions."""
+    out: Path
+    """Folder to make: pictures/, rows.parquet, faults.json, source.json."""
+    pictures: Path | None
+    """kind=folder: pictures with X.txt beside X.jpg, or a captions.csv (file,caption)."""
+    num_pictures: PositiveInt
+    """How many at most; scenes paints exactly that many."""
+    max_side_px: Annotated[int, Field(ge=32, le=4096)]
+    """kind=scenes: the longest side that is painted."""
+    seed: int
+    """Another seed paints other pictures and hurts other rows."""
+    port: Port
+    """Loopback port in the URLs; if it is taken a free one is chosen."""
+    processes: PositiveInt | None
+    """Painting processes; null is one per core."""
+    faults: FaultsConfig
+    """What goes wrong, and how often."""

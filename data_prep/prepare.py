@@ -1,0 +1,274 @@
+"""Download, check and publish image-text URLs as WebDataset; the same command again resumes."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.config import PrepareConfig
+from data_prep.guard import is_public
+from data_prep.pool import run_units
+from data_prep.progress import RowProgress
+from data_prep.publish import (
+    WORK,
+    UnitRecord,
+    Unreachable,
+    is_done,
+    read_record,
+    record_path,
+    retract_unit,
+)
+from data_prep.quarantine import Reason
+from data_prep.rows import Unit, read_units, source_sha256
+from trainer.command import run_command
+from trainer.data.manifest import MANIFEST, Manifest, save_manifest
+from trainer.errors import BadInput, BadWorld
+from trainer.frozen import thaw
+
+# What shapes the stored bytes or decides about rows; the rest may change between two runs.
+_NO_RULES = ("rows", "dataset", "processes", "threads", "recheck")
+_NO_DOWNLOAD_RULES = ("accept_unreachable", "user_agent")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `kiln prepare`."""
+    return run_command(run, PrepareConfig, "prepare", argv)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What there is to do and what is done already."""
+
+    units: list[Unit]
+    rules_sha256: str
+    records: dict[str, UnitRecord]
+    """Records of the finished units, by name."""
+
+    @property
+    def todo(self) -> list[Unit]:
+        """Units that are missing, stale or damaged."""
+        return [unit for unit in self.units if unit.name not in self.records]
+
+
+def run(cfg: PrepareConfig) -> int:
+    """Publish what is missing of the dataset; print what became of every row."""
+    units = read_units(cfg)
+    with locked(cfg.dataset):
+        work = survey(cfg, units)
+        manifest_path = cfg.dataset / MANIFEST
+        if not work.todo and manifest_path.exists() and not _leftovers(cfg.dataset, units):
+            print_yield(make_manifest(cfg, work))
+            say(f"{cfg.dataset}: nothing to do, all {len(units)} units are published.")
+            return 0
+        if work.records:
+            say(f"{len(work.records)} of {len(units)} units are published already; going on.")
+        manifest_path.unlink(missing_ok=True)  # a dataset without a manifest is unfinished
+        for name in _leftovers(cfg.dataset, units):
+            retract_unit(cfg.dataset, name)
+        with ledger_row(cfg.dataset):
+            _run_todo(cfg, work)
+        shutil.rmtree(cfg.dataset / WORK, ignore_errors=True)
+        manifest = make_manifest(cfg, work)
+        save_manifest(cfg.dataset, manifest)
+    print_yield(manifest)
+    say(f"{cfg.dataset}: {manifest.rows_kept} samples in {len(manifest.shards)} shards.")
+    return 0
+
+
+def survey(cfg: PrepareConfig, units: list[Unit]) -> Work:
+    """Find which units are done, from the same rows and rules, with their files intact."""
+    rules_sha256 = hash_rules(rules(cfg))
+    hashes = cfg.recheck == "hashes"
+    records: dict[str, UnitRecord] = {}
+    for unit in units:
+        record = read_record(cfg.dataset, unit.name)
+        if is_done(cfg.dataset, unit, record, rules_sha256=rules_sha256, hashes=hashes):
+            assert record is not None
+            records[unit.name] = record
+    return Work(units, rules_sha256, records)
+
+
+def _run_todo(cfg: PrepareConfig, work: Work) -> None:
+    """Publish the missing units; add their records to `work.records`."""
+    num_processes = cfg.processes or len(os.sched_getaffinity(0))
+    num_processes = min(num_processes, len(work.todo))
+    unreachable: list[Unreachable] = []
+    num_rows = sum(len(unit.rows) for unit in work.todo)
+    try:
+        with RowProgress("downloading", num_rows) as progress:
+            for unit, result in run_units(
+                work.todo,
+                cfg,
+                work.rules_sha256,
+                num_processes=num_processes,
+                on_rows=progress.update,
+            ):
+                if isinstance(result, UnitRecord):
+                    work.records[unit.name] = result
+                else:
+                    unreachable.append(result)
+                if not work.records and len(unreachable) >= num_processes:
+                    break
+            progress.finish()
+    except KeyboardInterrupt:
+        say(f"{finished(work)}.")
+        raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise BadWorld(
+            f"the disk is full at {error.filename or cfg.dataset}. {finished(work)}: free some "
+            "space and give the same command again."
+        ) from error
+    if unreachable:
+        raise _explain_unreachable(unreachable, work)
+
+
+def finished(work: Work) -> str:
+    """Say how much is safe."""
+    kept = sum(record.rows_kept for record in work.records.values())
+    return (
+        f"{len(work.records)} of {len(work.units)} units are published and valid ({kept} samples)"
+    )
+
+
+def _explain_unreachable(unreachable: list[Unreachable], work: Work) -> BadWorld:
+    row = unreachable[0].first
+    parts = urlsplit(row.url or "")
+    num_rows = sum(unit.rows for unit in unreachable)
+    text = (
+        f"not one of {num_rows} rows in {len(unreachable)} unit(s) could be fetched; the first: "
+        f"{row.url}: {row.reason} ({row.detail}). Nothing of them was published; {finished(work)}. "
+    )
+    if row.reason == Reason.ADDRESS_REFUSED:
+        return BadWorld(
+            f"{text}To fetch from an address that is not public, allow it: "
+            f"download.allow_hosts=[{parts.hostname}]"
+        )
+    with suppress(ValueError):
+        if not is_public(parts.hostname or ""):
+            return BadWorld(
+                f"{text}Nothing answers at {parts.netloc}: start the server of the source "
+                "(`kiln serve source=DIR`) and give the same command again."
+            )
+    return BadWorld(
+        f"{text}Check the network and the name server, then give the same command again; if these "
+        "pages are gone for good, add download.accept_unreachable=true."
+    )
+
+
+def rules(cfg: PrepareConfig) -> dict[str, object]:
+    """Give the part of the config that decides what is published."""
+    plain = thaw(cfg)
+    kept = {name: value for name, value in plain.items() if name not in _NO_RULES}
+    download = plain["download"].items()
+    kept["download"] = {k: value for k, value in download if k not in _NO_DOWNLOAD_RULES}
+    return kept
+
+
+def hash_rules(kept: dict[str, object]) -> str:
+    """Hash the rules."""
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def make_manifest(cfg: PrepareConfig, work: Work) -> Manifest:
+    """Add up the records of all units; the sum is the input, exactly."""
+    records = [work.records[unit.name] for unit in work.units]
+    rejected: Counter[str] = Counter()
+    for record in records:
+        rejected.update(record.rejected)
+    manifest = Manifest(
+        shards=tuple(record.shard for record in records if record.shard),
+        rows_in=sum(len(unit.rows) for unit in work.units),
+        rows_kept=sum(record.rows_kept for record in records),
+        rejected=dict(sorted(rejected.items())),
+        provenance={
+            "source_sha256": source_sha256(cfg),
+            "rules": rules(cfg),
+            "rules_sha256": work.rules_sha256,
+            "user_agent": cfg.download.user_agent,
+            "versions": [dict(pairs) for pairs in sorted({_pairs(record) for record in records})],
+        },
+    )
+    assert manifest.rows_in == manifest.rows_kept + manifest.rows_rejected, "rows do not add up"
+    return manifest
+
+
+def _pairs(record: UnitRecord) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(record.versions.items()))
+
+
+def _leftovers(dataset: Path, units: list[Unit]) -> list[str]:
+    """Name recorded units that the source does not have (any more)."""
+    names = {unit.name for unit in units}
+    return sorted({path.stem for path in record_path(dataset, "x").parent.glob("*.json")} - names)
+
+
+@contextmanager
+def locked(dataset: Path) -> Iterator[None]:
+    """Keep a second `kiln prepare` out of the dataset; the lock ends with the process."""
+    try:
+        dataset.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise BadInput(f"dataset={dataset} is a file, need a folder.") from error
+    with (dataset / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadWorld(
+                f"another `kiln prepare` is at work in {dataset}: wait for it."
+            ) from error
+        yield
+
+
+@contextmanager
+def ledger_row(dataset: Path) -> Iterator[None]:
+    """Append how long this run took to `DATASET/ledger.jsonl`, also if it ends early."""
+    path = dataset / "ledger.jsonl"
+    attempt = len(path.read_text().splitlines()) if path.exists() else 0
+    start_unix_s, started_s = time.time(), time.perf_counter()
+    try:
+        yield
+    finally:
+        row = {
+            "attempt": attempt,
+            "rank": 0,
+            "bucket": "productive",
+            "start_unix_s": start_unix_s,
+            "seconds": time.perf_counter() - started_s,
+            "joules": 0.0,
+            "provenance": "none",
+            "step": 0,
+            "stage": "prepare",
+        }
+        with suppress(OSError), path.open("a") as file:  # a full disk is reported elsewhere
+            file.write(json.dumps(row) + "\n")
+
+
+def print_yield(manifest: Manifest) -> None:
+    """Print rows in, kept, and rejected by reason."""
+    table = Table("rows", "number", "share", title="What became of every row")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    lines = [("in", manifest.rows_in), ("kept", manifest.rows_kept)]
+    by_count = sorted(manifest.rejected.items(), key=lambda item: (-item[1], item[0]))
+    lines += [(f"rejected: {reason}", count) for reason, count in by_count]
+    for name, count in lines:
+        table.add_row(name, f"{count}", f"{100 * count / manifest.rows_in:.2f} %")
+    Console().print(table)
+
+
+def say(text: str) -> None:
+    """Print one line to the user."""
+    Console(soft_wrap=True).print(text, highlight=False, markup=False)

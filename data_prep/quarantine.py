@@ -1,0 +1,119 @@
+"""Why a row was not kept: the closed list of reasons, and one JSON line for each such row."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from trainer.data.publish import publish_bytes
+from trainer.errors import BadInput
+
+
+class Reason(StrEnum):
+    """Every reason besides `http_<code>`, the answers that are no picture."""
+
+    MISSING_URL = "missing_url"
+    MISSING_CAPTION = "missing_caption"
+    DUPLICATE = "duplicate"
+    SCHEME_REFUSED = "scheme_refused"
+    ADDRESS_REFUSED = "address_refused"
+    CONNECTION = "connection"
+    TIMEOUT = "timeout"
+    OPT_OUT = "opt_out"
+    TOO_MANY_BYTES = "too_many_bytes"
+    TRUNCATED = "truncated"
+    NOT_AN_IMAGE = "not_an_image"
+    UNDECODABLE = "undecodable"
+    TOO_SMALL = "too_small"
+    TOO_LARGE = "too_large"
+    ASPECT_RATIO = "aspect_ratio"
+    OTHER = "other"
+
+
+UNREACHED = frozenset({Reason.CONNECTION, Reason.TIMEOUT, Reason.ADDRESS_REFUSED})
+"""Reasons that, when every row of a unit has one, speak of the network and not of the rows."""
+
+# img2dataset hands every failure on as text. Ours carry their reason in it; the others are
+# recognised by what urllib, http.client and img2dataset 1.47 say.
+_MARK = "kiln-reason="
+_MARKED = re.compile(rf"{_MARK}(\w+): ([^>]*)")
+_HTTP = re.compile(r"HTTP Error (\d{3})")
+_KNOWN: tuple[tuple[str, Reason], ...] = (
+    ("disallowed by X-Robots-Tag", Reason.OPT_OUT),
+    ("IncompleteRead", Reason.TRUNCATED),
+    ("timed out", Reason.TIMEOUT),
+    ("unknown url type", Reason.SCHEME_REFUSED),
+    ("urlopen error", Reason.CONNECTION),
+    ("Remote end closed connection", Reason.CONNECTION),
+    ("Connection reset", Reason.CONNECTION),
+    ("image too small", Reason.TOO_SMALL),
+    ("image area too large", Reason.TOO_LARGE),
+    ("aspect ratio too large", Reason.ASPECT_RATIO),
+)
+
+
+def marked(reason: Reason, detail: str) -> str:
+    """Write a failure so that `reason_of` gets its reason back from within other text."""
+    return f"{_MARK}{reason}: {detail}"
+
+
+def reason_of(status: str, message: str) -> tuple[str, str]:
+    """Give the reason and a short detail of a failure as img2dataset reports it.
+
+    Args:
+        status: 'failed_to_download' or 'failed_to_resize'.
+        message: The text of the exception.
+    """
+    if found := _MARKED.search(message):
+        return str(Reason(found.group(1))), found.group(2)
+    if found := _HTTP.search(message):
+        return f"http_{found.group(1)}", message
+    for words, reason in _KNOWN:
+        if words in message:
+            return str(reason), message
+    fallback = Reason.UNDECODABLE if status == "failed_to_resize" else Reason.OTHER
+    return str(fallback), message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """One row that was not kept."""
+
+    key: str
+    """Its stable id."""
+    url: str | None
+    """As the source has it."""
+    stage: str
+    """'source' (never fetched), 'download' or 'decode'."""
+    reason: str
+    """A Reason, or http_<code>."""
+    detail: str
+    """The message behind it."""
+
+
+def write_quarantine(path: Path, rows: Iterable[Rejected]) -> None:
+    """Write one JSON line per row, atomically."""
+    lines = (json.dumps(asdict(row), sort_keys=True, ensure_ascii=False) for row in rows)
+    # Invalid surrogates can be in URLs of the wild; they must not stop the unit.
+    publish_bytes(path, "".join(f"{line}\n" for line in lines).encode(errors="replace"))
+
+
+def read_quarantine(path: Path) -> Iterator[Rejected]:
+    """Read a file that `write_quarantine` wrote."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield Rejected(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise BadInput(
+                    f"{path}:{number} is no quarantine record ({error}). Give the `kiln prepare` "
+                    "command that made the dataset again, with recheck=hashes."
+                ) from error
+
+
+def count_reasons(rows: Sequence[Rejected]) -> dict[str, int]:
+    """Count rows by reason, sorted by name."""
+    return dict(sorted(Counter(row.reason for row in rows).items()))

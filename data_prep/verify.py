@@ -1,0 +1,157 @@
+"""Read a published dataset in full: hashes, indexes, counts, quarantine and encodings agree."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.config import VerifyConfig
+from data_prep.prepare import print_yield
+from data_prep.progress import RowProgress
+from data_prep.quarantine import read_quarantine
+from trainer.command import run_command
+from trainer.data.manifest import (
+    REPAIR_ENCODING,
+    Manifest,
+    ShardEntry,
+    describe_shard,
+    encoding_folder,
+    list_encodings,
+    load_manifest,
+)
+from trainer.data.shards import Shard, read_index, scan_tar
+from trainer.errors import BadInput
+
+REPAIR = "Give its `kiln prepare` command again with recheck=hashes: it replaces what is wrong."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `kiln verify`."""
+    return run_command(run, VerifyConfig, "verify", argv)
+
+
+def run(cfg: VerifyConfig) -> int:
+    """Print what was read and every problem; 1 if there is any."""
+    manifest = load_manifest(cfg.dataset)
+    problems: list[str] = []
+    num_read = Counter[str]()
+    with RowProgress("reading", manifest.rows_kept) as progress:
+        keys: dict[str, list[str]] = {}
+        for entry in manifest.shards:
+            problems += shard_problems(cfg.dataset, entry, keys, repair=REPAIR)
+            num_read["shards"] += 1
+            num_read["samples"] += entry.count
+            progress.update(num_read["samples"])
+        progress.finish()
+    problems += repeated_keys(keys)
+    problems += quarantine_problems(cfg.dataset, manifest)
+    for fingerprint, found in encoding_problems(cfg.dataset, manifest, keys):
+        num_read[f"encoding {fingerprint[:12]}"] += 1
+        problems += found
+    print_yield(manifest)
+    _print_read(cfg.dataset, num_read, problems)
+    return 1 if problems else 0
+
+
+def shard_problems(
+    folder: Path, entry: ShardEntry, keys: dict[str, list[str]], *, repair: str
+) -> Iterator[str]:
+    """Compare one tar and its index with the manifest and with each other.
+
+    Args:
+        folder: Dataset or encoding.
+        entry: What the manifest says.
+        keys: Gets the shard's keys, under its number.
+        repair: What to do about a problem.
+    """
+    tar, index_path = entry.tar(folder), entry.index(folder)
+    try:
+        index, scanned = read_index(index_path, repair=repair), scan_tar(tar, repair=repair)
+    except BadInput as error:
+        yield str(error)
+        return
+    found = describe_shard(folder, entry.name, index.num_rows)
+    for path, got, expected in (
+        (tar, found.sha256, entry.sha256),
+        (index_path, found.index_sha256, entry.index_sha256),
+    ):
+        if got != expected:
+            yield f"{path} has sha256 {got[:16]}..., the manifest says {expected[:16]}... {repair}"
+    if entry.count != index.num_rows:
+        yield f"{index_path} has {index.num_rows} rows, the manifest says {entry.count}. {repair}"
+    if not scanned.equals(
+        index.select([n for n in scanned.column_names if n in index.schema.names])
+    ):
+        yield f"{tar} holds other members than {index_path} says. {repair}"
+        return
+    keys[entry.number] = index["key"].to_pylist()
+    if "image_sha256" in index.column_names:
+        yield from image_problems(tar, index, repair=repair)
+
+
+def image_problems(tar: Path, index: pa.Table, *, repair: str) -> Iterator[str]:
+    """Compare the stored pictures with their hashes in the index."""
+    with Shard(tar, index, repair=repair) as shard:
+        for row, expected in enumerate(index["image_sha256"].to_pylist()):
+            (extension,) = set(shard.extensions(row)) - {"json", "txt"}
+            if hashlib.sha256(shard.read(row, extension)).hexdigest() != expected:
+                yield f"{tar}: {shard.keys[row]}.{extension} is not what the index says. {repair}"
+
+
+def repeated_keys(keys: dict[str, list[str]]) -> Iterator[str]:
+    """Name keys that are in more than one place."""
+    counts = Counter(key for shard in keys.values() for key in shard)
+    repeated = sorted(key for key, count in counts.items() if count > 1)
+    if repeated:
+        yield f"{len(repeated)} keys are there more than once, e.g. {repeated[0]}. {REPAIR}"
+
+
+def quarantine_problems(dataset: Path, manifest: Manifest) -> Iterator[str]:
+    """Compare the quarantine files with the manifest: rows in == kept + rejected."""
+    counts: Counter[str] = Counter()
+    for path in sorted((dataset / "quarantine").glob("*.jsonl")):
+        try:
+            counts.update(row.reason for row in read_quarantine(path))
+        except BadInput as error:
+            yield str(error)
+    for reason in sorted(set(counts) | set(manifest.rejected)):
+        expected = manifest.rejected.get(reason, 0)
+        if counts[reason] != expected:
+            yield (
+                f"{dataset / 'quarantine'} has {counts[reason]} rows for {reason}, the manifest "
+                f"says {expected}. {REPAIR}"
+            )
+
+
+def encoding_problems(
+    dataset: Path, manifest: Manifest, keys: dict[str, list[str]]
+) -> Iterator[tuple[str, list[str]]]:
+    """Check every encoding's files, and that it has the dataset's keys."""
+    for encoding in list_encodings(dataset):
+        folder = encoding_folder(dataset, encoding.fingerprint)
+        found: list[str] = []
+        if encoding.dataset_fingerprint != manifest.fingerprint:
+            found.append(f"{folder} was made from another state of the dataset. {REPAIR_ENCODING}")
+        encoded: dict[str, list[str]] = {}
+        for entry in encoding.shards:
+            found += shard_problems(folder, entry, encoded, repair=REPAIR_ENCODING)
+            if encoded.get(entry.number) != keys.get(entry.number):
+                found.append(
+                    f"{entry.tar(folder)} has other keys than the dataset's shard "
+                    f"{entry.number}. {REPAIR_ENCODING}"
+                )
+        yield encoding.fingerprint, found
+
+
+def _print_read(dataset: Path, num_read: Counter[str], problems: list[str]) -> None:
+    table = Table("read", "number", title=f"{dataset}: {len(problems) or 'no'} problems")
+    for name, count in num_read.items():
+        table.add_row(name, str(count))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for problem in problems:
+        console.print(f"- {problem}", markup=False, highlight=False)
