@@ -1,0 +1,120 @@
+"""Sum a ledger: seconds and joules by stage and bucket, rolled-back work moved to lost work."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.observe.energy import MEASURED, Provenance
+from trainer.observe.ledger import Bucket
+
+
+@dataclass
+class Total:
+    """Seconds, and joules by provenance, of one bucket."""
+
+    seconds: float = 0.0
+    joules_by: dict[Provenance, float] = field(default_factory=dict)
+
+    @property
+    def joules(self) -> float:
+        """Joules of every provenance together."""
+        return sum(self.joules_by.values())
+
+    def add(self, seconds: float, joules: float, provenance: Provenance) -> None:
+        """Add one row, or a share of one."""
+        self.seconds += seconds
+        self.joules_by[provenance] = self.joules_by.get(provenance, 0.0) + joules
+
+
+@dataclass(frozen=True)
+class Closure:
+    """Whether the rows of one attempt fill the wall time between its first and its last."""
+
+    stage: str
+    attempt: int
+    rank: int
+    wall_s: float
+    """By the stamps of the wall clock, up to the start of the last period."""
+    counted_s: float
+    """Sum of the rows' seconds over the same time."""
+
+    def holds(self, *, tolerance_frac: float = 0.01, slack_s: float = 0.01) -> bool:
+        """Say whether seconds and wall time agree."""
+        return abs(self.counted_s - self.wall_s) <= tolerance_frac * self.wall_s + slack_s
+
+
+def totals(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, Bucket], Total]:
+    """Sum rows by (stage, bucket).
+
+    Productive time is shared out evenly over the steps of its row. The share of steps that were
+    done again later, because a resume or a rollback went back before them, is `lost_work`.
+
+    Args:
+        rows: Of one ledger, in the order they were written.
+    """
+    sums: defaultdict[tuple[str, Bucket], Total] = defaultdict(Total)
+    lost_fracs = _lost_fracs(rows)
+    for row in rows:
+        stage, bucket = row["stage"], Bucket(row["bucket"])
+        lost_frac = lost_fracs[_interval(row)] if bucket is Bucket.PRODUCTIVE else 0.0
+        for target, frac in ((bucket, 1 - lost_frac), (Bucket.LOST_WORK, lost_frac)):
+            if frac > 0:
+                share = (row["seconds"] * frac, row["joules"] * frac)
+                sums[stage, target].add(*share, row["provenance"])
+    order = list(Bucket)
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    keys = sorted(sums, key=lambda key: (stages.index(key[0]), order.index(key[1])))
+    return {key: sums[key] for key in keys}
+
+
+def measured_frac(parts: Sequence[Total]) -> float:
+    """Return the share of joules that a counter or power sensor measured; 0 of no joules."""
+    joules = sum(part.joules for part in parts)
+    measured_j = sum(j for part in parts for p, j in part.joules_by.items() if p in MEASURED)
+    return measured_j / joules if joules > 0 else 0.0
+
+
+def close_check(rows: Sequence[Mapping[str, Any]]) -> list[Closure]:
+    """Compare, for each attempt, the seconds in its rows with the wall clock's stamps."""
+    periods: defaultdict[tuple[str, int, int], defaultdict[float, float]] = defaultdict(
+        lambda: defaultdict(float)
+    )
+    for row in rows:
+        key = (row["stage"], row["attempt"], row["rank"])
+        periods[key][row["start_unix_s"]] += row["seconds"]
+    return [
+        Closure(
+            *key,
+            wall_s=max(seconds_at) - min(seconds_at),
+            counted_s=sum(s for start, s in seconds_at.items() if start < max(seconds_at)),
+        )
+        for key, seconds_at in periods.items()
+    ]
+
+
+def _interval(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    # Rows of one interval differ in provenance only.
+    keys = ("stage", "rank", "attempt", "start_unix_s", "first_step", "last_step")
+    return tuple(row[key] for key in keys)
+
+
+def _lost_fracs(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], float]:
+    """Return, for each productive interval, the share of it that was done again later."""
+    productive = {_interval(row): row for row in rows if row["bucket"] == Bucket.PRODUCTIVE}
+    redone_from: dict[tuple[str, int], int] = {}
+    fracs = {}
+    for interval, row in reversed(productive.items()):
+        work, first_step = (row["stage"], row["rank"]), row["first_step"]
+        fracs[interval] = _lost_frac(row, redone_from.get(work))
+        redone_from[work] = min(first_step, redone_from.get(work, first_step))
+    return fracs
+
+
+def _lost_frac(row: Mapping[str, Any], redone_from: int | None) -> float:
+    first, last = row["first_step"], row["last_step"]
+    if redone_from is None or redone_from >= last:
+        return 0.0
+    if last == first:  # time on the way to a step; it survives unless that step was redone
+        return 1.0 if redone_from < first else 0.0
+    return float((last - max(first, redone_from)) / (last - first))

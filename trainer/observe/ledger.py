@@ -1,0 +1,233 @@
+"""Account for every second and joule of an attempt in exactly one bucket of ledger.jsonl."""
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trainer.observe.energy import Meter, Provenance, read_by_provenance
+from trainer.observe.jsonl import JsonLines, read_rows
+
+log = logging.getLogger(__name__)
+
+_ENERGY_WINDOW_S = 1.0
+"""Joules are read at least this far apart: NVML and RAPL refresh every 20 to 100 ms."""
+
+
+class Bucket(StrEnum):
+    """What an interval of an attempt went into."""
+
+    QUEUE = "queue"
+    INIT = "init"
+    RESTORE = "restore"
+    PRODUCTIVE = "productive"
+    DATA_STALL = "data_stall"
+    CHECKPOINT_STALL = "checkpoint_stall"
+    EVALUATION = "evaluation"
+    DRAIN = "drain"
+    LOST_WORK = "lost_work"
+    IDLE = "idle"
+
+
+class Ledger:
+    """The open account of one attempt; a thread writes it out at a period.
+
+    `base` is what happens when nothing else does; a `span` interrupts it (and any span around
+    it). So seconds are exclusive: each lies in the innermost bucket that was open.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        stage: str = "train",
+        rank: int = 0,
+        meters: Sequence[Meter] = (),
+        started_unix_s: float | None = None,
+        flush_every_s: float = 5.0,
+        clock_s: Callable[[], float] = time.monotonic,
+        unix_s: Callable[[], float] = time.time,
+    ) -> None:
+        """Open the account in bucket `init`; a predecessor that was killed is closed first.
+
+        Args:
+            path: ledger.jsonl; one process at a time writes it.
+            stage: What the process does: train, prepare, encode, ...
+            rank: Whose time this is.
+            meters: From `open_meters`, which see; none: joules are 0 with provenance `none`.
+            started_unix_s: When the process was born, so that its imports are in `init`. The
+                joules that the meters already count are then in, too. None: now.
+            flush_every_s: Period of writing; what a kill -9 may lose.
+            clock_s: Monotonic seconds.
+            unix_s: Wall clock, seconds since 1970.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = JsonLines(path)
+        self._meters, self._clock_s, self._flush_every_s = meters, clock_s, flush_every_s
+        born_here = started_unix_s is None
+        now_s, now_unix_s = clock_s(), unix_s()
+        born_unix_s = now_unix_s if started_unix_s is None else min(started_unix_s, now_unix_s)
+        rows = [row for row in read_rows(path) if (row["stage"], row["rank"]) == (stage, rank)]
+        self.attempt = 1 + max((row["attempt"] for row in rows), default=-1)
+        if rows and not rows[-1].get("closed", False):
+            self._file.append([_killed_row(rows, before_unix_s=born_unix_s)])
+        self._labels = {"attempt": self.attempt, "rank": rank, "stage": stage}
+        self._lock = threading.RLock()
+        self._stack = [Bucket.INIT]
+        self._marked_s = self._period_s = now_s - (now_unix_s - born_unix_s)
+        # One wall-clock reading, the rest monotonic: a clock correction must not make seconds.
+        self._unix_offset_s = born_unix_s - self._marked_s
+        self._seconds: defaultdict[Bucket, float] = defaultdict(float)
+        self._unmetered_s: defaultdict[Bucket, float] = defaultdict(float)
+        self._joules: defaultdict[tuple[Bucket, Provenance], float] = defaultdict(float)
+        self._metered_s = self._marked_s
+        self._counted_j = dict(read_by_provenance(meters)) if born_here else {}
+        self._step = self._first_step = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._flush_periodically, daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def span(self, bucket: Bucket | str) -> Iterator[None]:
+        """Count what happens inside as `bucket`, less the spans inside it."""
+        with self._lock:
+            self._mark()
+            self._stack.append(Bucket(bucket))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._mark()
+                self._stack.pop()
+
+    def switch(self, bucket: Bucket | str) -> None:
+        """Make `bucket` what is counted outside of all spans, from now on."""
+        with self._lock:
+            self._mark()
+            self._stack[0] = Bucket(bucket)
+
+    def reach(self, step: int) -> None:
+        """Say that `step` optimizer steps are done."""
+        self._step = step
+
+    def resume_at(self, step: int) -> None:
+        """Say that the work goes on from `step`: after a restore, or a rollback within the run."""
+        with self._lock:
+            self.flush()
+            self._step = self._first_step = step
+
+    def flush(self) -> None:
+        """Write what was counted since the last flush; on a full disk keep it for the next."""
+        with self._lock:
+            self._mark()
+            self._read_joules()
+            self._write(closed=False)
+
+    def close(self) -> None:
+        """Write the rest and mark the attempt as properly ended; again: does nothing."""
+        self._stop.set()
+        self._thread.join()
+        with self._lock:
+            if self._file.closed:
+                return
+            self._mark()
+            self._read_joules()
+            self._write(closed=True)
+            self._file.close()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _mark(self) -> None:
+        now_s = self._clock_s()
+        bucket = self._stack[-1]
+        self._seconds[bucket] += now_s - self._marked_s
+        self._unmetered_s[bucket] += now_s - self._marked_s
+        self._marked_s = now_s
+        if now_s - self._metered_s >= _ENERGY_WINDOW_S:
+            self._read_joules()
+
+    def _read_joules(self) -> None:
+        """Share the joules since the last reading out by the seconds since then."""
+        window_s = sum(self._unmetered_s.values())
+        if window_s <= 0:
+            return
+        for provenance, total_j in read_by_provenance(self._meters).items():
+            new_j = total_j - self._counted_j.get(provenance, 0.0)
+            self._counted_j[provenance] = total_j
+            for bucket, seconds in self._unmetered_s.items():
+                self._joules[bucket, provenance] += new_j * seconds / window_s
+        self._unmetered_s.clear()
+        self._metered_s = self._marked_s
+
+    def _write(self, *, closed: bool) -> None:
+        rows = list(self._rows())
+        if closed and rows:
+            rows[-1]["closed"] = True
+        try:
+            self._file.append(rows)
+        except OSError as error:
+            if closed:
+                raise
+            log.warning("%s: %s; the account is kept until it fits", self._file.path, error)
+            return
+        self._seconds.clear()
+        self._joules.clear()
+        self._period_s = self._marked_s
+        self._first_step = self._step
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        start_unix_s = round(self._period_s + self._unix_offset_s, 6)
+        steps = {"first_step": self._first_step, "last_step": self._step}
+        for bucket, bucket_s in self._seconds.items():
+            seconds = bucket_s
+            joules = {p: j for (b, p), j in self._joules.items() if b == bucket} or {"none": 0.0}
+            # One row per provenance; the seconds stand in the first, so that sums count them once.
+            for provenance, joules_j in joules.items():
+                yield {
+                    **self._labels,
+                    "bucket": bucket.value,
+                    "start_unix_s": start_unix_s,
+                    "seconds": seconds,
+                    "joules": joules_j,
+                    "provenance": provenance,
+                    "step": self._step,
+                    **(steps if bucket is Bucket.PRODUCTIVE else {}),
+                }
+                seconds = 0.0
+
+    def _flush_periodically(self) -> None:
+        while not self._stop.wait(self._flush_every_s):
+            self.flush()
+
+
+def _killed_row(rows: Sequence[dict[str, Any]], *, before_unix_s: float) -> dict[str, Any]:
+    """Close an attempt that never wrote its end: it did at most one more period, all of it lost."""
+    starts = sorted({row["start_unix_s"] for row in rows if row["attempt"] == rows[-1]["attempt"]})
+    last_s = sum(row["seconds"] for row in rows if row["start_unix_s"] == starts[-1])
+    end_unix_s = starts[-1] + last_s
+    period_s = max(last_s, starts[-1] - starts[-2] if len(starts) > 1 else 0.0)
+    labels = {key: rows[-1][key] for key in ("attempt", "rank", "stage", "step")}
+    return {
+        **labels,
+        "bucket": Bucket.LOST_WORK.value,
+        "start_unix_s": end_unix_s,
+        "seconds": max(0.0, min(period_s, before_unix_s - end_unix_s)),
+        "joules": 0.0,
+        "provenance": "none",
+        "closed": True,
+    }

@@ -1,0 +1,52 @@
+"""Measure how fast training goes, how long it waits for data and how long it still takes."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class _Mark:
+    at_s: float
+    images: int
+    data_wait_s: float
+
+
+class Throughput:
+    """Images per second and data-wait share over a sliding window of time."""
+
+    def __init__(
+        self, *, window_s: float = 30.0, clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start the window now, when training starts."""
+        self._window_s, self._clock_s = window_s, clock_s
+        self._marks = deque([_Mark(clock_s(), 0, 0.0)])
+
+    def add(self, *, images: int, data_wait_s: float = 0.0) -> None:
+        """Count the images of a finished step, and the seconds in it spent waiting for them."""
+        last = self._marks[-1]
+        now_s = self._clock_s()
+        self._marks.append(_Mark(now_s, last.images + images, last.data_wait_s + data_wait_s))
+        # Two marks always stay, so that steps longer than the window still have a speed.
+        while len(self._marks) > 2 and now_s - self._marks[1].at_s >= self._window_s:
+            self._marks.popleft()
+
+    @property
+    def images_per_s(self) -> float:
+        """Images per second over the window; 0 before the first step."""
+        first, last = self._marks[0], self._marks[-1]
+        elapsed_s = last.at_s - first.at_s
+        return (last.images - first.images) / elapsed_s if elapsed_s > 0 else 0.0
+
+    @property
+    def data_wait_frac(self) -> float:
+        """Share of the window spent waiting for data, 0 to 1."""
+        first, last = self._marks[0], self._marks[-1]
+        elapsed_s = last.at_s - first.at_s
+        return (last.data_wait_s - first.data_wait_s) / elapsed_s if elapsed_s > 0 else 0.0
+
+    def time_left_s(self, images_left: int) -> float | None:
+        """Return the seconds that `images_left` take at this speed; None while it is unknown."""
+        speed = self.images_per_s
+        return images_left / speed if speed > 0 else None
