@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,14 @@ class Bucket(StrEnum):
     IDLE = "idle"
 
 
+@dataclass(frozen=True)
+class Clock:
+    """The two clocks of an account; tests hand in their own."""
+
+    monotonic_s: Callable[[], float] = time.monotonic
+    unix_s: Callable[[], float] = time.time
+
+
 class Ledger:
     """The open account of one attempt; a thread writes it out at a period.
 
@@ -47,34 +56,36 @@ class Ledger:
         path: Path,
         *,
         stage: str = "train",
+        attempt: int | None = None,
         rank: int = 0,
         meters: Sequence[Meter] = (),
         started_unix_s: float | None = None,
         flush_every_s: float = 5.0,
-        clock_s: Callable[[], float] = time.monotonic,
-        unix_s: Callable[[], float] = time.time,
+        clock: Clock = Clock(),
     ) -> None:
         """Open the account in bucket `init`; a predecessor that was killed is closed first.
 
         Args:
             path: ledger.jsonl; one process at a time writes it.
             stage: What the process does: train, prepare, encode, ...
+            attempt: Number of this attempt, from 0; None: one more than the last in the file.
             rank: Whose time this is.
             meters: From `open_meters`, which see; none: joules are 0 with provenance `none`.
             started_unix_s: When the process was born, so that its imports are in `init`. The
                 joules that the meters already count are then in, too. None: now.
             flush_every_s: Period of writing; what a kill -9 may lose.
-            clock_s: Monotonic seconds.
-            unix_s: Wall clock, seconds since 1970.
+            clock: What time it is.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = JsonLines(path)
-        self._meters, self._clock_s, self._flush_every_s = meters, clock_s, flush_every_s
+        self._meters, self._clock_s = meters, clock.monotonic_s
+        self._flush_every_s = flush_every_s
         born_here = started_unix_s is None
-        now_s, now_unix_s = clock_s(), unix_s()
+        now_s, now_unix_s = clock.monotonic_s(), clock.unix_s()
         born_unix_s = now_unix_s if started_unix_s is None else min(started_unix_s, now_unix_s)
         rows = [row for row in read_rows(path) if (row["stage"], row["rank"]) == (stage, rank)]
-        self.attempt = 1 + max((row["attempt"] for row in rows), default=-1)
+        following = 1 + max((row["attempt"] for row in rows), default=-1)
+        self.attempt = following if attempt is None else attempt
         if rows and not rows[-1].get("closed", False):
             self._file.append([_killed_row(rows, before_unix_s=born_unix_s)])
         self._labels = {"attempt": self.attempt, "rank": rank, "stage": stage}

@@ -166,7 +166,16 @@ class Sinks:
 
 
 def run_id(run_dir: Path, config: Mapping[str, Any]) -> str:
-    """Derive the W&B run id, so that every attempt of a run continues the same one."""
+    """Derive the W&B run id from name and config, and keep it: all attempts continue one run."""
+    kept = run_dir / "wandb_run_id"
+    if kept.exists():
+        return kept.read_text(encoding="utf-8").strip()
+    derived = _derive_id(run_dir, config)
+    kept.write_text(f"{derived}\n", encoding="utf-8")
+    return derived
+
+
+def _derive_id(run_dir: Path, config: Mapping[str, Any]) -> str:
     text = json.dumps([run_dir.resolve().name, config], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

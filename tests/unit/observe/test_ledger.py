@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from trainer.observe.accounts import close_check, measured_frac, totals
 from trainer.observe.jsonl import read_rows
 from trainer.observe.ledger import Bucket, Ledger
+from trainer.observe.ledger import Clock as LedgerClock
 
 NEVER_S = 1e9
 
@@ -34,7 +35,7 @@ class Watts:
 
 
 def open_ledger(path, clock, **changes):
-    settings_ = {"flush_every_s": NEVER_S, "clock_s": clock, "unix_s": clock, **changes}
+    settings_ = {"flush_every_s": NEVER_S, "clock": LedgerClock(clock, clock), **changes}
     return Ledger(path, **settings_)
 
 

@@ -60,10 +60,21 @@ def test_wandb_offline_holds_the_run_and_attempts_share_its_id(tmp_path, monkeyp
 
 
 def test_the_run_id_depends_on_name_and_config_and_nothing_else(tmp_path):
-    same = run_id(tmp_path / "a", {"x": 1, "y": 2})
-    assert same == run_id(tmp_path / "b" / ".." / "a", {"y": 2, "x": 1})
-    assert same != run_id(tmp_path / "b", {"x": 1, "y": 2})
-    assert same != run_id(tmp_path / "a", {"x": 1, "y": 3})
+    ids = set()
+    for place, name, config in [
+        ("1", "a", {"x": 1, "y": 2}),
+        ("2", "a", {"y": 2, "x": 1}),
+        ("3", "b", {"x": 1, "y": 2}),
+        ("4", "a", {"x": 1, "y": 3}),
+    ]:
+        folder = tmp_path / place / name
+        folder.mkdir(parents=True)
+        ids.add(run_id(folder, config))
+    assert len(ids) == 3
+
+
+def test_a_longer_training_of_the_same_run_keeps_its_id(tmp_path):
+    assert run_id(tmp_path, {"total_images": 1}) == run_id(tmp_path, {"total_images": 2})
 
 
 def test_broken_wandb_warns_once_and_training_goes_on(tmp_path, monkeypatch, caplog):
