@@ -265,7 +265,7 @@ class LoggingConfig:
 
     every_steps: PositiveInt
     """Steps between rows of metrics.jsonl."""
-    wandb: Literal["auto", "offline", "online", "disabled"]
+    wandb: Literal["auto", "offline", "online", "off"]
     """auto: online when a key is set, offline otherwise."""
     wandb_project: str
     """W&B project name."""

@@ -23,6 +23,7 @@ from trainer.errors import BadInput
 
 # Shape suffixes: B samples, C latent channels, H W rows and columns, L text tokens, D text width.
 
+_CPU = torch.device("cpu")
 _PICTURES = ("jpg", "png", "webp")
 
 
@@ -91,8 +92,9 @@ class _Shards:
 class LatentSource:
     """Reads `KEY.latent.npy` and `KEY.text.npy` of one encoding."""
 
-    def __init__(self, dataset: Path, encoding: Encoding) -> None:
-        """Open the sidecar tars of `encoding` for reading by position."""
+    def __init__(self, dataset: Path, encoding: Encoding, *, device: torch.device = _CPU) -> None:
+        """Open the sidecar tars of `encoding` for reading by position, batches to `device`."""
+        self._device = device
         self._shards = _Shards(encoding_folder(dataset, encoding.fingerprint), encoding.shards)
         self.num_samples = self._shards.num_samples
 
@@ -104,20 +106,23 @@ class LatentSource:
         moments_B2CHW = torch.from_numpy(latents).float()
         text_BLD, mask_BL = pad_texts([torch.from_numpy(text) for text in texts])
         return LatentBatch(
-            ids_B=_ids(places),
-            visits_B=torch.from_numpy(visits),
-            mean_BCHW=moments_B2CHW[:, 0],
-            logvar_BCHW=moments_B2CHW[:, 1],
-            text_BLD=text_BLD,
-            text_mask_BL=mask_BL,
+            ids_B=_ids(places).to(self._device),
+            visits_B=torch.from_numpy(visits).to(self._device),
+            mean_BCHW=moments_B2CHW[:, 0].to(self._device),
+            logvar_BCHW=moments_B2CHW[:, 1].to(self._device),
+            text_BLD=text_BLD.to(self._device),
+            text_mask_BL=mask_BL.to(self._device),
         )
 
 
 class PictureSource:
     """Reads and decodes the pictures of a dataset."""
 
-    def __init__(self, dataset: Path, manifest: Manifest, *, side_px: int) -> None:
+    def __init__(
+        self, dataset: Path, manifest: Manifest, *, side_px: int, device: torch.device = _CPU
+    ) -> None:
         """Open the dataset's tars; pictures are resized and centre-cropped to `side_px`."""
+        self._device = device
         self._shards = _Shards(dataset, manifest.shards)
         self._side_px = side_px
         self.num_samples = self._shards.num_samples
@@ -126,10 +131,11 @@ class PictureSource:
         """Read and decode pictures."""
         places = [self._shards.find(int(sample)) for sample in samples]
         pictures = np.stack([self._picture(shard, row) for shard, row in places])
+        pictures_BHWC = torch.from_numpy(pictures).to(self._device)
         return PictureBatch(
-            ids_B=_ids(places),
-            visits_B=torch.from_numpy(visits),
-            pictures_BCHW=torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0,
+            ids_B=_ids(places).to(self._device),
+            visits_B=torch.from_numpy(visits).to(self._device),
+            pictures_BCHW=pictures_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0,
         )
 
     def _picture(self, shard: Shard, row: int) -> NDArray[np.uint8]:

@@ -77,12 +77,18 @@ def die_with_parent() -> None:
 
     Otherwise orphans would go on training and write beside the run's next attempt.
     """
-    parent = os.environ.get("KILN_PARENT")
+    parent = launcher_pid()
     if parent is None:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def launcher_pid() -> int | None:
+    """Process id of the `kiln train` that started this rank; None when something else did."""
+    parent = os.environ.get("KILN_PARENT")
+    return int(parent) if parent else None
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:

@@ -1,0 +1,59 @@
+# make demo   from image-text URLs to generated pictures and a report, on this machine
+# make test   the tests;   make check   lint, types, import contracts;   make bench NAME=x
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PYTHONUNBUFFERED = 1
+export NO_ALBUMENTATIONS_UPDATE = 1
+export HF_HUB_OFFLINE ?= 1
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+DATA ?= scenes
+
+.PHONY: demo test check bench clean browser
+
+demo: $(VENV)/.demo
+	@$(BIN)/kiln demo data=$(DATA)
+
+test: $(VENV)/.dev browser
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.$(NAME)
+	$(BIN)/python -m benchmarks.render
+
+clean:
+	rm -rf demo runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# The report is tested in headless Chromium; without the right to install it that test is skipped.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	     && echo "installing Chromium for the report's test ..." && apt-get update -qq \
+	     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
+	|| echo "no Chromium and no right to install it: the browser tests will be skipped"
+
+$(BIN)/python:
+	@for python in $(PYTHON) python3.11 python3.12 python3; do \
+	  $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+	    2>/dev/null && exec $$python -m venv $(VENV); \
+	done; echo "Kiln needs Python 3.11 or 3.12 with venv; give it with: make demo PYTHON=/path/to/python3.11"; exit 1
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing Kiln and what it needs into $(VENV) (once; some minutes) ..."
+	@$(PIP) --quiet -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "installing the tools of the tests ..."
+	@$(PIP) --quiet -e '.[demo,dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	@echo "installing the peers of the benchmarks ..."
+	@$(PIP) --quiet -e '.[demo,dev,bench]'
+	@touch $@

@@ -1,0 +1,86 @@
+"""The smallest real training configuration, for tests that need one."""
+
+from typing import Any
+
+from trainer.config import TrainConfig
+from trainer.frozen import freeze
+
+
+def tiny_config(**changes: Any) -> TrainConfig:
+    """Freeze a tiny transformer's run; `changes` are dotted keys with '__' for dots."""
+    data: dict[str, Any] = {
+        "run": "runs/tiny",
+        "seed": 1,
+        "total_images": 64,
+        "data": {"dataset": "none", "prefetch_batches": 2},
+        "encoders": {
+            "autoencoder": {"kind": "kl", "path": "none"},
+            "text": {
+                "kind": "bert",
+                "path": "none",
+                "subfolder": "",
+                "tokenizer_subfolder": "",
+                "max_tokens": 32,
+            },
+            "image_side_px": 32,
+        },
+        "model": {
+            "kind": "transformer",
+            "latent_channels": 4,
+            "latent_side": 4,
+            "text_width": 16,
+            "patch_side": 1,
+            "num_layers": 1,
+            "num_heads": 2,
+            "head_width": 8,
+            "num_parameters": 10_000,
+        },
+        "objective": {
+            "kind": "flow",
+            "logit_mean": 0.0,
+            "logit_std": 1.0,
+            "caption_dropout": 0.1,
+        },
+        "batch": {"global_batch_images": 8, "micro_batch_images": 2},
+        "optim": {
+            "learning_rate": 1e-2,
+            "betas": [0.9, 0.99],
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "clip_grad_norm": 1.0,
+            "warmup_images": 0,
+            "decay": "none",
+        },
+        "ema": {"half_life_images": 32, "warmup_ratio": 0.05},
+        "engine": {
+            "zero_stage": 1,
+            "precision": "fp32",
+            "activation_checkpointing": False,
+            "threads_per_rank": 1,
+        },
+        "cluster": {
+            "kind": "local",
+            "num_nodes": 1,
+            "ranks_per_node": 1,
+            "device": "cpu",
+            "device_memory_gib": 1,
+            "partition": "",
+            "time_limit_min": 10,
+            "warn_before_kill_s": 60,
+        },
+        "checkpoint": {"every_images": 16, "keep_last": 5},
+        "logging": {
+            "every_steps": 1,
+            "wandb": "off",
+            "wandb_project": "kiln",
+            "quiet": True,
+            "tdp_w_per_core": 7.0,
+        },
+    }
+    for dotted, value in changes.items():
+        *path, last = dotted.split("__")
+        node = data
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return freeze(TrainConfig, data)

@@ -1,0 +1,165 @@
+"""What happens beside training: ledger, metrics, progress and checkpoints, each when it is due."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from trainer.config import TrainConfig
+from trainer.frozen import thaw
+from trainer.loop import Progress, StepFacts
+from trainer.observe.energy import open_meters
+from trainer.observe.ledger import Ledger
+from trainer.observe.meters import Throughput
+from trainer.observe.sinks import Sinks
+from trainer.plan import Plan
+from trainer.runtime.checkpoint import TrainState, save
+from trainer.runtime.comm import Comm
+from trainer.runtime.ema import Ema
+from trainer.runtime.fragments import FragmentReader
+
+
+class Accounts:
+    """Seconds, joules and metrics of one attempt; rank 0 keeps them, the others keep none."""
+
+    def __init__(
+        self, run: Path, cfg: TrainConfig, plan: Plan, *, attempt: int, launcher_pid: int | None
+    ) -> None:
+        """Open ledger and sinks; the joules count the whole tree of `launcher_pid`, all ranks."""
+        meters = open_meters(tdp_w_per_core=cfg.logging.tdp_w_per_core, root_pid=launcher_pid)
+        self.ledger = Ledger(run / "ledger.jsonl", stage="train", meters=meters)
+        self._sinks = Sinks.open(
+            run,
+            attempt=attempt,
+            total_steps=plan.total_steps,
+            config=thaw(cfg),
+            wandb=cfg.logging.wandb,
+            project=cfg.logging.wandb_project,
+            progress="quiet" if cfg.logging.quiet else "auto",
+        )
+        self._every_steps, self._plan = cfg.logging.every_steps, plan
+        self._speed = Throughput()
+        self._data_wait_s = 0.0
+
+    @contextmanager
+    def span(self, bucket: str) -> Iterator[None]:
+        """Account the time inside to a bucket."""
+        started_s = time.monotonic()
+        with self.ledger.span(bucket):
+            yield
+        if bucket == "data_stall":
+            self._data_wait_s += time.monotonic() - started_s
+
+    def begin(self, progress: Progress) -> None:
+        """Training starts or goes on from here."""
+        self.ledger.resume_at(progress.step)
+        self.ledger.switch("productive")
+        self._speed = Throughput()
+
+    def after_step(self, progress: Progress, facts: StepFacts) -> None:
+        """Count a step, and log every few."""
+        self.ledger.reach(progress.step)
+        self._speed.add(images=self._plan.images_per_step, data_wait_s=self._data_wait_s)
+        data_wait_s, self._data_wait_s = self._data_wait_s, 0.0
+        last = progress.step == self._plan.total_steps
+        if progress.step % self._every_steps == 0 or progress.step == 1 or last:
+            self._sinks.log(
+                {
+                    "step": progress.step,
+                    "images_seen": progress.images_seen,
+                    "train/loss": facts.loss,
+                    "train/grad_norm": facts.grad_norm,
+                    "train/lr": facts.learning_rate,
+                    "speed/images_per_s": self._speed.images_per_s,
+                    "speed/data_wait_frac": self._speed.data_wait_frac,
+                    "time/data_wait_s": data_wait_s,
+                }
+            )
+
+    def close(self, *, exit_code: int) -> None:
+        """Close ledger and sinks."""
+        self.ledger.switch("drain")
+        self._sinks.close(exit_code=exit_code)
+        self.ledger.close()
+
+
+class Bookkeeper:
+    """The loop's observer on every rank."""
+
+    def __init__(
+        self, cfg: TrainConfig, plan: Plan, comm: Comm, *, attempt: int, launcher_pid: int | None
+    ) -> None:
+        """Open the accounts on rank 0."""
+        self._run, self._keep_last = Path(cfg.run), cfg.checkpoint.keep_last
+        self._plan, self._comm = plan, comm
+        self._accounts = (
+            Accounts(self._run, cfg, plan, attempt=attempt, launcher_pid=launcher_pid)
+            if comm.rank == 0
+            else None
+        )
+        self._saved_step = -1
+
+    def watch(
+        self,
+        fragments: FragmentReader,
+        ema: Ema,
+        *,
+        shapes: dict[str, list[int]],
+        fingerprints: tuple[str, str],
+        seed: int,
+    ) -> None:
+        """Take what checkpoints consist of; fingerprints are the dataset's and the encoding's."""
+        self._fragments, self._ema, self._shapes = fragments, ema, shapes
+        self._fingerprints, self._seed = fingerprints, seed
+
+    @contextmanager
+    def span(self, bucket: str) -> Iterator[None]:
+        """Account the time inside to a bucket of the ledger."""
+        with ExitStack() as stack:
+            if self._accounts:
+                stack.enter_context(self._accounts.span(bucket))
+            yield
+
+    def begin(self, progress: Progress) -> None:
+        """Training starts or goes on from `progress`."""
+        self._saved_step = progress.step
+        if self._accounts:
+            self._accounts.begin(progress)
+
+    def after_step(self, progress: Progress, facts: StepFacts) -> None:
+        """Log the step; save when due."""
+        if self._accounts:
+            self._accounts.after_step(progress, facts)
+        if progress.step % self._plan.checkpoint_every_steps == 0:
+            self.save(progress)
+
+    def save(self, progress: Progress) -> None:
+        """Save a checkpoint of this step, unless there is one already."""
+        if progress.step == self._saved_step:
+            return
+        dataset, encoding = self._fingerprints
+        state = TrainState(progress.step, progress.images_seen, self._seed, dataset, encoding)
+        with self.span("checkpoint_stall"):
+            save(
+                self._run / "checkpoints",
+                state,
+                self._fragments,
+                self._ema,
+                self._comm,
+                shapes=self._shapes,
+                keep_last=self._keep_last,
+            )
+        self._saved_step = progress.step
+
+    def __enter__(self) -> "Bookkeeper":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._accounts:
+            self._accounts.close(exit_code=0 if kind is None else 1)

@@ -1,0 +1,77 @@
+"""Train a latent diffusion model or its autoencoder; the same command again resumes."""
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.command import run_command
+from trainer.config import TrainConfig
+from trainer.data.manifest import load_manifest
+from trainer.encoded import matching_encoding
+from trainer.errors import BadInput
+from trainer.plan import Plan, make_plan, rows
+from trainer.runtime.checkpoint import newest_valid, read_state
+from trainer.runtime.compiled import build_cpu_op
+from trainer.runtime.local import run_ranks
+from trainer.runtime.rundir import attempt_dir, freeze_config, locked, new_attempt
+from trainer.runtime.signals import EXIT_REQUEUE
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: TrainConfig) -> int:
+    """Check everything that can be checked, freeze the run, start its ranks and wait for them."""
+    plan = make_plan(cfg)
+    if cfg.cluster.kind != "local":
+        raise BadInput(
+            f"cluster.kind={cfg.cluster.kind}: these {plan.num_ranks} ranks need "
+            f"{cfg.cluster.num_nodes} nodes. `kiln launch` renders their sbatch script; for this "
+            "machine give cluster=local."
+        )
+    folder = Path(cfg.run)
+    manifest = load_manifest(Path(cfg.data.dataset))
+    if cfg.model.kind != "autoencoder_kl":
+        matching_encoding(cfg, manifest)
+    with locked(folder):
+        changed = freeze_config(folder, cfg)
+        for line in changed:
+            log.warning("changed since the run began: %s", line)
+        if _finished(folder, plan):
+            log.info("%s: nothing to do, all %d steps are done", folder, plan.total_steps)
+            return 0
+        return _start(folder, cfg, plan)
+
+
+def _finished(folder: Path, plan: Plan) -> bool:
+    newest = newest_valid(folder / "checkpoints")
+    return newest is not None and read_state(newest).step >= plan.total_steps
+
+
+def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:
+    if cfg.cluster.device == "cpu":
+        build_cpu_op()
+    attempt = new_attempt(folder)
+    if not cfg.logging.quiet:
+        for what, how_much in rows(cfg, plan):
+            log.info("  %-16s %s", what, how_much)
+    code = run_ranks(
+        "trainer.worker",
+        [str(folder)],
+        num_ranks=plan.num_ranks,
+        log_dir=attempt_dir(folder, attempt),
+        env={
+            "KILN_ATTEMPT": str(attempt),
+            "OMP_NUM_THREADS": str(cfg.engine.threads_per_rank),
+        },
+    )
+    if code == EXIT_REQUEUE:
+        log.info("the same command continues: kiln train %s", " ".join(sys.argv[2:]))
+        return 128 + signal.SIGINT
+    return code
+
+
+def main(argv: Sequence[str]) -> int:
+    """`kiln train [experiment=...] [key=value ...]`."""
+    return run_command(run, TrainConfig, "train", argv)

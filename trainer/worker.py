@@ -1,0 +1,84 @@
+"""One rank of a run: reads the frozen config, builds, restores, trains, saves."""
+
+import logging
+import os
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.bookkeeping import Bookkeeper
+from trainer.build import build, restore
+from trainer.config import TrainConfig
+from trainer.errors import BadInput, BadWorld
+from trainer.frozen import read_yaml
+from trainer.loop import Progress, train
+from trainer.plan import make_plan
+from trainer.runtime.comm import Comm
+from trainer.runtime.env import read_rank_env
+from trainer.runtime.local import die_with_parent, launcher_pid
+from trainer.runtime.signals import EXIT_REQUEUE, StopFlag
+
+log = logging.getLogger(__name__)
+
+
+def work(run: Path) -> int:
+    """Train the run as one of its ranks; return 0 when it is done, 85 when it should continue."""
+    stop = StopFlag()
+    cfg = read_yaml(TrainConfig, run / "config.yaml")
+    env, plan = read_rank_env(), make_plan(cfg)
+    comm = Comm(env, cfg.cluster.device)
+    with Bookkeeper(cfg, plan, comm, attempt=env.attempt, launcher_pid=launcher_pid()) as books:
+        if env.rank == 0:
+            for leftover in (run / "checkpoints").glob(".*.partial"):
+                shutil.rmtree(leftover)
+        built = build(cfg, plan, comm)
+        progress = Progress()
+        with books.span("restore"):
+            restore(built, run, progress)
+        books.watch(
+            built.engine.fragments,
+            built.ema,
+            shapes=built.shapes,
+            fingerprints=built.fingerprints,
+            seed=cfg.seed,
+        )
+        if env.rank == 0:
+            log.info(
+                "%s: attempt %d, step %d of %d", run, env.attempt, progress.step, plan.total_steps
+            )
+        books.begin(progress)
+        finished = train(built.start(progress), progress, stop, books)
+        books.save(progress)
+    comm.close()
+    if env.rank == 0:
+        words = "finished" if finished else f"stopped by {stop.received or 'another rank'}, saved"
+        log.info("%s: %s at step %d of %d", run, words, progress.step, plan.total_steps)
+    return 0 if finished else EXIT_REQUEUE
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m trainer.worker RUN_DIR`, once per rank, with RANK and so on set."""
+    die_with_parent()
+    # PyTorch 2.13 renames collectives that DeepSpeed 0.19 still calls by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        code = work(Path(argv[0]))
+    except (BadInput, BadWorld) as error:
+        print(f"kiln train: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, BadInput) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Other ranks may be dead: the collectives' threads would wait for them at a normal exit.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
