@@ -1,0 +1,1 @@
+"""Networks: denoisers, autoencoders and text encoders behind small adapters; no ranks."""

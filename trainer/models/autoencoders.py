@@ -1,0 +1,145 @@
+"""Pictures <-> latents: pretrained first stages, and the one that Kiln trains.
+
+Letters: ``B`` pictures, ``C`` channels, ``H W`` rows and columns. Pictures are float RGB in
+[-1, 1]; latents are as the autoencoder leaves them, not normalised.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+
+from trainer.config import AutoencoderConfig, AutoencoderModelConfig
+from trainer.models.loading import load_frozen
+from trainer.models.locations import locate
+
+LOGVAR_OF_NOTHING = -30.0  # the least log-variance that AutoencoderKL itself allows
+
+
+class Autoencoder(Protocol):
+    """A frozen first stage."""
+
+    latent_channels: int
+    downscale: int
+    """Rows of a picture per row of its latent."""
+
+    def moments(self, pictures_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the log-variance of the latents."""
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Return pictures; values may leave [-1, 1] a little."""
+
+    def to(self, device: torch.device) -> "Autoencoder":
+        """Move to a device."""
+
+
+class KlAutoencoder:
+    """diffusers AutoencoderKL."""
+
+    def __init__(self, net: Any) -> None:  # noqa: ANN401 - diffusers is untyped
+        self.net = net
+        self.latent_channels: int = net.config.latent_channels
+        self.downscale: int = 2 ** (len(net.config.block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def moments(self, pictures_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the log-variance of the latents."""
+        latents = self.net.encode(pictures_BCHW).latent_dist
+        return latents.mean, latents.logvar
+
+    @torch.inference_mode()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Return pictures."""
+        pictures: Tensor = self.net.decode(latents_BCHW).sample
+        return pictures
+
+    def to(self, device: torch.device) -> "KlAutoencoder":
+        """Move to a device."""
+        self.net.to(device)
+        return self
+
+
+class TinyAutoencoder:
+    """diffusers AutoencoderTiny: deterministic, so its latents have (almost) no variance."""
+
+    def __init__(self, net: Any) -> None:  # noqa: ANN401 - diffusers is untyped
+        self.net = net
+        self.latent_channels: int = net.config.latent_channels
+        # net.spatial_scale_factor is 8 whatever the config.
+        self.downscale: int = 2 ** (len(net.config.encoder_block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def moments(self, pictures_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latents and a log-variance of next to nothing."""
+        mean = self.net.encode(pictures_BCHW).latents
+        return mean, torch.full_like(mean, LOGVAR_OF_NOTHING)
+
+    @torch.inference_mode()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Return pictures."""
+        pictures: Tensor = self.net.decode(latents_BCHW).sample
+        return pictures
+
+    def to(self, device: torch.device) -> "TinyAutoencoder":
+        """Move to a device."""
+        self.net.to(device)
+        return self
+
+
+def load_autoencoder(cfg: AutoencoderConfig) -> Autoencoder:
+    """Load a pretrained first stage in float32, frozen.
+
+    Raises:
+        BadInput: There is no such folder or package, or it holds something else.
+        BadWorld: The model hub did not give it.
+    """
+    folder = locate(cfg.path)
+    # diffusers' low-memory loading needs accelerate, and says so on every load without it.
+    if cfg.kind == "kl":
+        return KlAutoencoder(load_frozen(AutoencoderKL, folder, low_cpu_mem_usage=False))
+    return TinyAutoencoder(load_frozen(AutoencoderTiny, folder, low_cpu_mem_usage=False))
+
+
+class TrainableAutoencoder(nn.Module):
+    """An AutoencoderKL in training; `inner` is the diffusers module that export saves."""
+
+    def __init__(self, inner: Any) -> None:  # noqa: ANN401 - diffusers is untyped
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pictures_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode, sample the latent with the given noise, decode.
+
+        Args:
+            pictures_BCHW: RGB in [-1, 1].
+            noise_BCHW: Standard normal draws in the latents' shape.
+
+        Returns:
+            The reconstructions, the latents' means and their log-variances.
+        """
+        latents = self.inner.encode(pictures_BCHW).latent_dist
+        drawn = latents.mean + latents.std * noise_BCHW
+        return self.inner.decode(drawn).sample, latents.mean, latents.logvar
+
+    def recompute_activations(self) -> None:
+        """Trade compute for memory in the backward pass."""
+        self.inner.enable_gradient_checkpointing()
+
+
+def build_autoencoder(cfg: AutoencoderModelConfig, *, seed: int = 0) -> TrainableAutoencoder:
+    """Make a freshly initialised autoencoder; equal seeds give equal weights."""
+    levels = len(cfg.block_channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inner = AutoencoderKL(
+            latent_channels=cfg.latent_channels,
+            block_out_channels=cfg.block_channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=cfg.layers_per_block,
+            norm_num_groups=cfg.norm_groups,
+            mid_block_add_attention=cfg.mid_attention,
+            scaling_factor=1.0,
+        )
+    return TrainableAutoencoder(inner)

@@ -1,0 +1,144 @@
+"""Text-conditioned denoisers: diffusers networks behind one forward.
+
+Letters: ``B`` samples, ``C`` latent channels, ``H W`` latent rows and columns, ``L`` text tokens,
+``D`` width of a text state.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from trainer.config import TransformerConfig, UNetConfig
+from trainer.errors import BadInput
+
+
+class Denoiser(nn.Module):
+    """A diffusers network; `inner` is what export saves."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(
+        self, latents_BCHW: Tensor, time_B: Tensor, text_BLD: Tensor, text_mask_BL: Tensor
+    ) -> Tensor:
+        """Predict what the process asks for.
+
+        Args:
+            latents_BCHW: Noisy latents, normalised.
+            time_B: ``process.network_time``, in [0, 1000].
+            text_BLD: Text states.
+            text_mask_BL: bool, true on real tokens; each caption has at least one.
+
+        Returns:
+            ``(B, C, H, W)``.
+        """
+        predicted: Tensor = self.inner(
+            latents_BCHW,
+            timestep=time_B,
+            encoder_hidden_states=text_BLD,
+            encoder_attention_mask=text_mask_BL,
+            **self._extras(),
+        ).sample
+        return predicted
+
+    def recompute_activations(self) -> None:
+        """Trade compute for memory in the backward pass."""
+        inner: Any = self.inner
+        inner.enable_gradient_checkpointing()
+
+    def _extras(self) -> dict[str, Any]:
+        if isinstance(self.inner, PixArtTransformer2DModel):
+            return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        return {}
+
+
+def build_denoiser(cfg: UNetConfig | TransformerConfig, *, seed: int = 0) -> Denoiser:
+    """Make a freshly initialised denoiser; equal seeds give equal weights.
+
+    The output layer starts at zero: an untrained network predicts nothing rather than noise.
+
+    Raises:
+        BadInput: The numbers of the model section contradict each other.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inner = _unet(cfg) if isinstance(cfg, UNetConfig) else _transformer(cfg)
+    last = inner.conv_out if isinstance(cfg, UNetConfig) else inner.proj_out
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return Denoiser(inner)
+
+
+def _unet(cfg: UNetConfig) -> Any:  # noqa: ANN401 - diffusers is untyped
+    levels = len(cfg.block_channels)
+    _check_unet(cfg)
+    return UNet2DConditionModel(
+        sample_size=cfg.latent_side,
+        in_channels=cfg.latent_channels,
+        out_channels=cfg.latent_channels,
+        block_out_channels=cfg.block_channels,
+        layers_per_block=cfg.layers_per_block,
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in cfg.cross_attention
+        ),
+        up_block_types=tuple(
+            "CrossAttnUpBlock2D" if attends else "UpBlock2D"
+            for attends in reversed(cfg.cross_attention)
+        ),
+        # diffusers takes the number of heads under this name (its issue 2011).
+        attention_head_dim=tuple(
+            cfg.block_channels[level] // cfg.head_width[level] for level in range(levels)
+        ),
+        cross_attention_dim=cfg.text_width,
+        norm_num_groups=cfg.norm_groups,
+        use_linear_projection=cfg.linear_projection,
+    )
+
+
+def _check_unet(cfg: UNetConfig) -> None:
+    levels = len(cfg.block_channels)
+    for key, values in (
+        ("cross_attention", cfg.cross_attention),
+        ("head_width", cfg.head_width),
+    ):
+        if len(values) != levels:
+            raise BadInput(
+                f"model.{key} has {len(values)} values for {levels} model.block_channels. "
+                f"Give one per level."
+            )
+    for channels, width in zip(cfg.block_channels, cfg.head_width, strict=True):
+        if channels % width or channels % cfg.norm_groups:
+            raise BadInput(
+                f"model.block_channels has {channels}, which model.head_width={width} and "
+                f"model.norm_groups={cfg.norm_groups} must divide. "
+                f"Try head_width={channels} and norm_groups=1, or a rounder width."
+            )
+    if cfg.latent_side % 2 ** (levels - 1):
+        raise BadInput(
+            f"model.latent_side={cfg.latent_side} cannot be halved {levels - 1} times, once per "
+            f"level but the last. Try {2 ** (levels - 1)} or fewer model.block_channels."
+        )
+
+
+def _transformer(cfg: TransformerConfig) -> Any:  # noqa: ANN401 - diffusers is untyped
+    if cfg.latent_side % cfg.patch_side:
+        raise BadInput(
+            f"model.latent_side={cfg.latent_side} is no multiple of "
+            f"model.patch_side={cfg.patch_side}. Try model.patch_side=1."
+        )
+    width = cfg.num_heads * cfg.head_width
+    return PixArtTransformer2DModel(
+        num_attention_heads=cfg.num_heads,
+        attention_head_dim=cfg.head_width,
+        in_channels=cfg.latent_channels,
+        out_channels=cfg.latent_channels,
+        num_layers=cfg.num_layers,
+        cross_attention_dim=width,
+        caption_channels=cfg.text_width,
+        sample_size=cfg.latent_side,
+        patch_size=cfg.patch_side,
+        use_additional_conditions=False,
+    )

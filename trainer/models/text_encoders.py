@@ -1,0 +1,107 @@
+"""Captions -> states, by pretrained BERT, CLIP and T5 encoders.
+
+Captions are grouped by their exact number of tokens, so no padding ever enters an encoder: a
+caption's states do not depend on its neighbours, whatever the family's padding rules.
+
+Letters: ``B`` captions, ``L`` tokens, ``D`` width of a state.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, BertModel, CLIPTextModel, T5EncoderModel
+
+from trainer.config import TextEncoderConfig
+from trainer.errors import BadInput
+from trainer.models.loading import load_frozen
+from trainer.models.locations import locate
+
+TOKENS_PER_BATCH = 2048
+
+_CLASSES = {
+    "bert": (BertModel, {"add_pooling_layer": False}),
+    "clip": (CLIPTextModel, {}),
+    "t5": (T5EncoderModel, {}),
+}
+
+
+class TextEncoder:
+    """A frozen encoder with its tokenizer."""
+
+    def __init__(self, net: Any, tokenizer: Any, *, max_tokens: int) -> None:  # noqa: ANN401
+        self._net, self._tokenizer = net, tokenizer
+        self.max_tokens = max_tokens
+        self.width: int = net.config.hidden_size
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """Return token ids, special ones included, cut to `max_tokens`; not padded."""
+        if not captions:
+            return []
+        ids: list[list[int]] = self._tokenizer(
+            list(captions), truncation=True, max_length=self.max_tokens
+        )["input_ids"]
+        return ids
+
+    @torch.inference_mode()
+    def states(self, ids_BL: Tensor) -> Tensor:
+        """Return ``(B, L, D)`` float32 last hidden states of captions of equal length."""
+        found: Tensor = self._net(input_ids=ids_BL.to(self._net.device)).last_hidden_state
+        return found
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """Return one ``(L_i, D)`` float32 tensor per caption; equal captions are encoded once."""
+        found = dict(self.encode_each(captions))
+        return [found[caption] for caption in captions]
+
+    def encode_each(self, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (caption, states) for each distinct caption, shortest first, in batches."""
+        unique = sorted(set(captions))
+        ids = self.tokens(unique)
+        order = sorted(range(len(unique)), key=lambda i: (len(ids[i]), unique[i]))
+        for length, group in groupby(order, key=lambda i: len(ids[i])):
+            rows = list(group)
+            size = max(1, TOKENS_PER_BATCH // length)
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                states = self.states(torch.tensor([ids[i] for i in batch]))
+                yield from zip((unique[i] for i in batch), states.cpu(), strict=True)
+
+    def to(self, device: torch.device) -> "TextEncoder":
+        """Move to a device."""
+        self._net.to(device)
+        return self
+
+
+def load_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
+    """Load a pretrained text encoder in float32, frozen, and its tokenizer.
+
+    Raises:
+        BadInput: There is no such folder or package, it holds something else, or it cannot
+            read `max_tokens` tokens.
+        BadWorld: The model hub did not give it.
+    """
+    cls, options = _CLASSES[cfg.kind]
+    net = load_frozen(cls, locate(cfg.path, cfg.subfolder), **options)
+    positions = getattr(net.config, "max_position_embeddings", cfg.max_tokens)
+    if cfg.max_tokens > positions:
+        raise BadInput(
+            f"encoders.text.max_tokens={cfg.max_tokens}, but {cfg.path} reads {positions} tokens. "
+            f"Try encoders.text.max_tokens={positions}."
+        )
+    tokenizer = _load_tokenizer(locate(cfg.path, cfg.tokenizer_subfolder))
+    return TextEncoder(net, tokenizer, max_tokens=cfg.max_tokens)
+
+
+def _load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers is untyped
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BadInput(
+            f"{folder} holds no tokenizer ({reason}). Set encoders.text.tokenizer_subfolder to "
+            "where tokenizer.json or the vocabulary lies."
+        ) from error
