@@ -26,7 +26,7 @@ COMMANDS = {
     "evaluate": ("trainer.evaluate", "score samples against their captions"),
     "export": ("trainer.export", "write a run's EMA weights as a diffusers folder"),
     "report": ("trainer.report", "write the run's story as one HTML file"),
-    "launch": ("slurm.launch", "render the sbatch script of a run, and submit it"),
+    "launch": ("trainer.launch", "render the sbatch script of a run, and submit it"),
 }
 EXIT_INTERRUPTED = 130
 

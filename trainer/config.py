@@ -326,3 +326,35 @@ class TrainConfig:
                 f"cluster.num_nodes={self.cluster.num_nodes} needs cluster.kind=slurm; "
                 "a local run has one node. Try cluster.num_nodes=1."
             )
+
+
+@config
+class LaunchConfig(TrainConfig):
+    """`kiln launch`: a run, and whether to submit it."""
+
+    submit: bool
+    """Give the script to sbatch; else it is only written and printed."""
+
+
+@config
+class DemoConfig:
+    """`kiln demo`."""
+
+    data: str
+    """scenes (painted here), emoji (real pictures from npm packages), or a folder of your own."""
+    out: str | None
+    """Folder for everything the demo makes; null is demo/ and the name of the data."""
+    num_pictures: PositiveInt
+    """Pictures in the source."""
+    image_side_px: PositiveInt
+    """Side of the square pictures that are learned."""
+    shard_rows: PositiveInt
+    """Rows per shard."""
+    autoencoder: str
+    """A name in conf/autoencoder."""
+    total_images: PositiveInt
+    """Images to train on; this is the demo's time."""
+    train: tuple[str, ...]
+    """More key=value words for `kiln train`."""
+    evaluate: tuple[str, ...]
+    """More key=value words for `kiln evaluate`."""
