@@ -115,4 +115,4 @@ def show(cfg: TrainConfig) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """`kiln plan [experiment=...] [key=value ...]`."""
-    return run_command(show, TrainConfig, "train", argv)
+    return run_command(show, TrainConfig, "train", argv, name="plan")
