@@ -172,9 +172,8 @@ class _GuardedHttp(urllib.request.AbstractHTTPHandler):
         self._https = functools.partial(_HttpsConnection, limits=cfg, context=context)
 
     def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
-        prepared = self.do_request_(request)
-        prepared.add_header("User-agent", self._cfg.user_agent)  # img2dataset would say Firefox
-        return prepared
+        request.add_header("User-agent", self._cfg.user_agent)  # img2dataset would say Firefox
+        return self.do_request_(request)
 
     https_request = http_request
 

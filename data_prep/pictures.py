@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess  # noqa: TID251 - npm is a program
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -60,16 +60,19 @@ def make_pictures(cfg: SourceConfig, folder: Path) -> list[Picture]:
 def _paint_all(cfg: SourceConfig, folder: Path) -> list[Picture]:
     num_processes = cfg.processes or len(os.sched_getaffinity(0))
     paint_this = partial(_paint_one, folder=folder, seed=cfg.seed, max_side_px=cfg.max_side_px)
-    pictures = []
-    with (
-        RowProgress("painting", cfg.num_pictures) as progress,
-        ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as executor,
-    ):
-        for picture in executor.map(paint_this, range(cfg.num_pictures), chunksize=16):
-            pictures.append(picture)
-            progress.update(len(pictures))
-        progress.finish()
-    return pictures
+    numbers = range(cfg.num_pictures)
+    with RowProgress("painting", cfg.num_pictures) as progress:
+        if num_processes == 1:
+            return list(_counted(map(paint_this, numbers), progress))
+        with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as executor:
+            return list(_counted(executor.map(paint_this, numbers, chunksize=16), progress))
+
+
+def _counted(pictures: Iterable[Picture], progress: RowProgress) -> Iterator[Picture]:
+    for number, picture in enumerate(pictures, start=1):
+        progress.update(number)
+        yield picture
+    progress.finish()
 
 
 def _paint_one(number: int, *, folder: Path, seed: int, max_side_px: int) -> Picture:

@@ -12,13 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
 
 from data_prep.config import PrepareConfig
-from data_prep.guard import is_public
 from data_prep.pool import run_units
 from data_prep.progress import RowProgress
 from data_prep.publish import (
@@ -30,7 +28,7 @@ from data_prep.publish import (
     record_path,
     retract_unit,
 )
-from data_prep.quarantine import Reason
+from data_prep.reach import check_reachable, unreachable
 from data_prep.rows import Unit, read_units, source_sha256
 from trainer.command import run_command
 from trainer.data.manifest import MANIFEST, Manifest, save_manifest
@@ -67,23 +65,23 @@ def run(cfg: PrepareConfig) -> int:
     units = read_units(cfg)
     with locked(cfg.dataset):
         work = survey(cfg, units)
-        manifest_path = cfg.dataset / MANIFEST
-        if not work.todo and manifest_path.exists() and not _leftovers(cfg.dataset, units):
-            print_yield(make_manifest(cfg, work))
-            say(f"{cfg.dataset}: nothing to do, all {len(units)} units are published.")
-            return 0
-        if work.records:
-            say(f"{len(work.records)} of {len(units)} units are published already; going on.")
-        manifest_path.unlink(missing_ok=True)  # a dataset without a manifest is unfinished
-        for name in _leftovers(cfg.dataset, units):
-            retract_unit(cfg.dataset, name)
-        with ledger_row(cfg.dataset):
-            _run_todo(cfg, work)
-        shutil.rmtree(cfg.dataset / WORK, ignore_errors=True)
+        todo, leftovers = work.todo, _leftovers(cfg.dataset, units)
+        if todo or leftovers:
+            # A dataset without a manifest is unfinished.
+            (cfg.dataset / MANIFEST).unlink(missing_ok=True)
+            for name in leftovers:
+                retract_unit(cfg.dataset, name)
+        if todo:
+            if work.records:
+                say(f"{finished(work)}; going on.")
+            with ledger_row(cfg.dataset):
+                _run_todo(cfg, work)
+            shutil.rmtree(cfg.dataset / WORK, ignore_errors=True)
         manifest = make_manifest(cfg, work)
         save_manifest(cfg.dataset, manifest)
     print_yield(manifest)
-    say(f"{cfg.dataset}: {manifest.rows_kept} samples in {len(manifest.shards)} shards.")
+    done = f"{manifest.rows_kept} samples in {len(manifest.shards)} shards"
+    say(f"{cfg.dataset}: {done}." if todo else f"{cfg.dataset}: nothing to do, {done} are there.")
     return 0
 
 
@@ -102,9 +100,11 @@ def survey(cfg: PrepareConfig, units: list[Unit]) -> Work:
 
 def _run_todo(cfg: PrepareConfig, work: Work) -> None:
     """Publish the missing units; add their records to `work.records`."""
+    if not cfg.download.accept_unreachable:
+        check_reachable((row for unit in work.todo for row in unit.rows), cfg.download)
     num_processes = cfg.processes or len(os.sched_getaffinity(0))
     num_processes = min(num_processes, len(work.todo))
-    unreachable: list[Unreachable] = []
+    failed: list[Unreachable] = []
     num_rows = sum(len(unit.rows) for unit in work.todo)
     try:
         with RowProgress("downloading", num_rows) as progress:
@@ -118,8 +118,8 @@ def _run_todo(cfg: PrepareConfig, work: Work) -> None:
                 if isinstance(result, UnitRecord):
                     work.records[unit.name] = result
                 else:
-                    unreachable.append(result)
-                if not work.records and len(unreachable) >= num_processes:
+                    failed.append(result)
+                if not work.records and len(failed) >= num_processes:
                     break
             progress.finish()
     except KeyboardInterrupt:
@@ -132,8 +132,10 @@ def _run_todo(cfg: PrepareConfig, work: Work) -> None:
             f"the disk is full at {error.filename or cfg.dataset}. {finished(work)}: free some "
             "space and give the same command again."
         ) from error
-    if unreachable:
-        raise _explain_unreachable(unreachable, work)
+    if failed:
+        first, num_rows = failed[0].first, sum(unit.rows for unit in failed)
+        what = f"{finished(work)}, but not one of {num_rows} rows in {len(failed)} could be fetched"
+        raise unreachable(what, first.url or "", first.reason, first.detail)
 
 
 def finished(work: Work) -> str:
@@ -141,31 +143,6 @@ def finished(work: Work) -> str:
     kept = sum(record.rows_kept for record in work.records.values())
     return (
         f"{len(work.records)} of {len(work.units)} units are published and valid ({kept} samples)"
-    )
-
-
-def _explain_unreachable(unreachable: list[Unreachable], work: Work) -> BadWorld:
-    row = unreachable[0].first
-    parts = urlsplit(row.url or "")
-    num_rows = sum(unit.rows for unit in unreachable)
-    text = (
-        f"not one of {num_rows} rows in {len(unreachable)} unit(s) could be fetched; the first: "
-        f"{row.url}: {row.reason} ({row.detail}). Nothing of them was published; {finished(work)}. "
-    )
-    if row.reason == Reason.ADDRESS_REFUSED:
-        return BadWorld(
-            f"{text}To fetch from an address that is not public, allow it: "
-            f"download.allow_hosts=[{parts.hostname}]"
-        )
-    with suppress(ValueError):
-        if not is_public(parts.hostname or ""):
-            return BadWorld(
-                f"{text}Nothing answers at {parts.netloc}: start the server of the source "
-                "(`kiln serve source=DIR`) and give the same command again."
-            )
-    return BadWorld(
-        f"{text}Check the network and the name server, then give the same command again; if these "
-        "pages are gone for good, add download.accept_unreachable=true."
     )
 
 

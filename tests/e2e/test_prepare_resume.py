@@ -1,0 +1,82 @@
+"""`kiln prepare` as a user runs it: killed, interrupted, given again."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data_prep.prepare import hash_rules, make_manifest, rules, survey
+from data_prep.publish import publish_unit
+from data_prep.rows import read_units
+from data_prep.serve import serving
+from tests.tiny_source import make_source, prepare_cfg, prepare_overrides, tree_hashes
+from trainer.data.manifest import save_manifest
+
+# One download at a time and small units, so that there is time to stop in the middle.
+SLOWLY = ("shard_rows=4", "threads=1")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    out = tmp_path_factory.mktemp("source")
+    make_source(out)
+    with serving(out):
+        yield out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(source, tmp_path_factory):
+    """Hashes of all files of a dataset that was published in one go, in this process."""
+    cfg = prepare_cfg(source, tmp_path_factory.mktemp("whole"), "shard_rows=4")
+    units = read_units(cfg)
+    for unit in units:
+        publish_unit(unit, cfg, hash_rules(rules(cfg)), lambda kept: None)
+    # The number of threads is no rule, so the records are those of the slow command.
+    save_manifest(cfg.dataset, make_manifest(cfg, survey(cfg, units)))
+    (cfg.dataset / ".work").rmdir()
+    return tree_hashes(cfg.dataset)
+
+
+def start(source, dataset):
+    words = prepare_overrides(source, dataset, *SLOWLY)
+    command = [sys.executable, "-m", "trainer.cli", "prepare", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_units(process, dataset, count):
+    deadline_s = time.monotonic() + 120
+    while len(list(dataset.glob("units/*.json"))) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+@pytest.mark.e2e
+def test_a_killed_and_an_interrupted_prepare_end_where_an_uninterrupted_one_does(
+    source, uninterrupted, tmp_path
+):
+    dataset = tmp_path / "dataset"
+    process = start(source, dataset)
+    wait_for_units(process, dataset, 3)
+    process.kill()
+    process.communicate()
+    time.sleep(0.2)  # the worker ends with its parent
+    after_kill = len(list(dataset.glob("units/*.json")))
+    time.sleep(0.5)
+    assert len(list(dataset.glob("units/*.json"))) == after_kill < 20
+    assert not (dataset / "manifest.json").exists()
+
+    process = start(source, dataset)
+    wait_for_units(process, dataset, after_kill + 3)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[0]
+    assert process.returncode == 130, said
+    assert f"{after_kill} of 20 units are published" in said
+    assert "the same command continues" in said
+
+    process = start(source, dataset)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert tree_hashes(dataset) == uninterrupted

@@ -1,0 +1,171 @@
+import ctypes
+import errno
+import json
+import os
+import random
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.prepare import locked, main, rules, run
+from tests.tiny_source import FAULTY, NUM_PICTURES, prepare_cfg, prepare_overrides, tree_hashes
+from trainer.data.manifest import check_files, load_manifest
+from trainer.errors import BadInput, BadWorld
+
+
+@pytest.fixture(scope="module")
+def dataset(served, tmp_path_factory):
+    """The tiny source, published by the command."""
+    folder = tmp_path_factory.mktemp("dataset")
+    assert main(prepare_overrides(served, folder)) == 0
+    return folder
+
+
+def test_the_sum_of_the_rows_is_exact(dataset):
+    manifest = load_manifest(dataset)
+    faulty = sum(count for count, _ in FAULTY.values())
+    assert manifest.rows_in == NUM_PICTURES + FAULTY["duplicate"][0]
+    assert manifest.rows_kept == manifest.rows_in - faulty
+    assert manifest.rows_rejected == faulty
+    assert len(manifest.shards) == 4
+    check_files(dataset, manifest.shards)
+    assert not (dataset / ".work").exists()
+
+
+def test_the_manifest_tells_where_the_data_came_from(dataset):
+    provenance = load_manifest(dataset).provenance
+    assert len(provenance["source_sha256"]) == 1
+    assert provenance["rules"]["download"]["robots_directives"][0] == "noai"
+    assert provenance["versions"][0]["img2dataset"] == "1.47.0"
+
+
+def test_the_run_is_in_the_ledger(dataset):
+    (row,) = map(json.loads, (dataset / "ledger.jsonl").read_text().splitlines())
+    assert row["stage"] == "prepare"
+    assert row["seconds"] > 0
+
+
+def test_the_same_command_again_has_nothing_to_do(served, dataset, capsys):
+    before = tree_hashes(dataset)
+    assert run(prepare_cfg(served, dataset)) == 0
+    said = capsys.readouterr().out
+    assert "nothing to do" in said
+    assert "rejected: http_404" in said
+    assert tree_hashes(dataset) == before
+
+
+def test_the_order_of_the_rows_changes_no_shard(served, dataset, tmp_path):
+    rows = pq.read_table(served / "rows.parquet")
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    shuffled = tmp_path / "shuffled.parquet"
+    pq.write_table(rows.take(order), shuffled)
+    before, copy = load_manifest(dataset), shutil.copytree(dataset, tmp_path / "copy")
+    assert run(prepare_cfg(served, copy, f"rows={shuffled}")) == 0
+    after = load_manifest(copy)
+    assert after.fingerprint == before.fingerprint
+    assert after.provenance["source_sha256"] != before.provenance["source_sha256"]
+    assert len((copy / "ledger.jsonl").read_text().splitlines()) == 1  # nothing was downloaded
+
+
+def test_the_same_command_repairs_what_is_damaged_and_nothing_else(served, dataset, capsys):
+    before = tree_hashes(dataset)
+    untouched = (dataset / "shards" / "00003.tar").stat().st_mtime_ns
+    tar = dataset / "shards" / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:3000])
+    (dataset / "index" / "00002.parquet").unlink()
+    assert run(prepare_cfg(served, dataset)) == 0
+    assert "2 of 4 units are published" in capsys.readouterr().out
+    assert tree_hashes(dataset) == before
+    assert (dataset / "shards" / "00003.tar").stat().st_mtime_ns == untouched
+
+
+def test_other_rules_replace_every_unit(served, dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    assert run(prepare_cfg(served, copy, "shard_rows=50")) == 0
+    assert [shard.number for shard in load_manifest(copy).shards] == ["00000", "00001"]
+    assert {path.stem for path in copy.glob("*/0*")} == {"00000", "00001"}
+
+
+def test_only_what_shapes_the_data_is_a_rule(source, tmp_path):
+    plain = rules(prepare_cfg(source, tmp_path))
+    same = ("processes=2", "threads=1", "recheck=hashes", "download.accept_unreachable=true")
+    assert rules(prepare_cfg(source, tmp_path / "x", *same)) == plain
+    assert rules(prepare_cfg(source, tmp_path, "download.max_body_bytes=9")) != plain
+    assert rules(prepare_cfg(source, tmp_path, "encode_quality=9")) != plain
+
+
+def rows_at(address, source, tmp_path):
+    """The same rows at another address; the path of their parquet."""
+    rows = pq.read_table(source / "rows.parquet").to_pylist()
+    for row in rows:
+        row["URL"] = f"http://{address}/" + row["URL"].rsplit("/", 1)[1]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:9", r"Nothing answers at 127.0.0.1:9: start .*kiln serve source="),
+        ("127.0.0.2:9", r"address_refused.*download.allow_hosts=\[127.0.0.2\]"),
+        ("no-such-host.invalid", r"name server.*download.accept_unreachable=true"),
+    ],
+)
+def test_a_source_that_cannot_be_reached_is_explained_at_once(source, tmp_path, address, says):
+    cfg = prepare_cfg(source, tmp_path / "d", f"rows={rows_at(address, source, tmp_path)}")
+    with pytest.raises(BadWorld, match=says):
+        run(cfg)
+    assert not list((tmp_path / "d").glob("*/*"))
+
+
+def test_a_server_that_never_answers_stops_the_command_with_nothing_published(source, tmp_path):
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as silent:
+        rows = rows_at(f"127.0.0.1:{silent.getsockname()[1]}", source, tmp_path)
+        more = (f"rows={rows}", "threads=64", "download.timeout_s=0.2")
+        with pytest.raises(BadWorld, match=r"0 of 4 units .*not one of 2\d rows in 1.*timeout"):
+            run(prepare_cfg(source, tmp_path / "d", *more))
+    assert not list((tmp_path / "d").glob("units/*"))
+    assert not (tmp_path / "d" / "manifest.json").exists()
+
+
+def test_two_at_once_are_kept_apart(tmp_path):
+    with locked(tmp_path), pytest.raises(BadWorld, match="another `kiln prepare` is at work"):
+        locked(tmp_path).__enter__()
+
+
+def test_a_file_in_place_of_the_dataset_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="is a file, need a folder"):
+        locked(tmp_path / "file").__enter__()
+
+
+@pytest.fixture
+def tiny_disk():
+    """A folder on a file system of 1 MB."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=1m") != 0:
+            reason = os.strerror(ctypes.get_errno())
+            pytest.skip(f"a tiny tmpfs needs the right to mount: {reason}")
+        yield Path(folder)
+        assert libc.umount2(folder.encode(), 2) == 0
+
+
+def test_a_full_disk_is_named_and_what_was_finished_stays(served, tiny_disk):
+    big = ("image_side_px=128", "encode_format=png", "encode_quality=0", "shard_rows=5")
+    cfg = prepare_cfg(served, tiny_disk / "d", *big)
+    with pytest.raises(BadWorld, match=r"the disk is full.*units are published.*same command"):
+        run(cfg)
+    records = sorted((tiny_disk / "d" / "units").glob("*.json"))
+    assert records
+    for path in records:
+        shard = json.loads(path.read_text())["shard"]
+        assert (tiny_disk / "d" / shard["name"]).stat().st_size == shard["bytes"]
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        (tiny_disk / "rest").write_bytes(bytes(2_000_000))

@@ -1,0 +1,139 @@
+import json
+import shutil
+
+import pytest
+
+from data_prep.config import VerifyConfig
+from data_prep.prepare import hash_rules, make_manifest, rules, survey
+from data_prep.publish import publish_unit
+from data_prep.rows import read_units
+from data_prep.verify import main, run
+from tests.tiny_source import prepare_cfg
+from trainer.data.manifest import (
+    Encoding,
+    describe_shard,
+    encoding_folder,
+    load_manifest,
+    save_encoding,
+    save_manifest,
+)
+from trainer.data.shards import Sample, read_index, write_shard
+from trainer.errors import BadInput
+
+
+@pytest.fixture(scope="module")
+def published(served, tmp_path_factory):
+    """The tiny source, published in this process."""
+    cfg = prepare_cfg(served, tmp_path_factory.mktemp("published"))
+    units = read_units(cfg)
+    for unit in units:
+        publish_unit(unit, cfg, hash_rules(rules(cfg)), lambda kept: None)
+    save_manifest(cfg.dataset, make_manifest(cfg, survey(cfg, units)))
+    return cfg.dataset
+
+
+@pytest.fixture
+def dataset(published, tmp_path):
+    return shutil.copytree(published, tmp_path / "dataset")
+
+
+def problems(dataset, capsys):
+    code = run(VerifyConfig(dataset=dataset))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
+    assert code == (1 if said else 0)
+    return said
+
+
+def test_a_fresh_dataset_has_no_problems(dataset, capsys):
+    assert main([f"dataset={dataset}"]) == 0
+    assert "no problems" in capsys.readouterr().out
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_a_picture_is_found(dataset, capsys):
+    tar = dataset / "shards" / "00001.tar"
+    flip(tar, read_index(dataset / "index" / "00001.parquet")["offset.jpg"][0].as_py() + 50)
+    found = problems(dataset, capsys)
+    assert len(found) == 2
+    assert "00001.tar has sha256" in found[0]
+    assert ".jpg is not what the index says" in found[1]
+    assert all("recheck=hashes" in line for line in found)
+
+
+def test_a_cut_tar_and_a_missing_index_are_named(dataset, capsys):
+    tar = dataset / "shards" / "00000.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    (dataset / "index" / "00002.parquet").unlink()
+    found = problems(dataset, capsys)
+    assert "00000.tar is cut: expected at least" in found[0]
+    assert "00002.parquet is not there" in found[1]
+
+
+def test_swapped_shards_are_found(dataset, capsys):
+    shutil.copy(dataset / "shards" / "00000.tar", dataset / "shards" / "00001.tar")
+    assert any("holds other members" in line for line in problems(dataset, capsys))
+
+
+def test_a_shard_that_is_there_twice_is_found(dataset, capsys):
+    for name in ("shards/{}.tar", "index/{}.parquet"):
+        shutil.copy(dataset / name.format("00000"), dataset / name.format("00001"))
+    assert any("keys are there more than once" in line for line in problems(dataset, capsys))
+
+
+def test_lost_and_damaged_quarantine_lines_are_found(dataset, capsys):
+    path = max(dataset.glob("quarantine/*.jsonl"), key=lambda path: path.stat().st_size)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[1:]))
+    reason = json.loads(lines[0])["reason"]
+    (found,) = problems(dataset, capsys)
+    assert f"rows for {reason}, the manifest says" in found
+    path.write_text("{\n")
+    assert any("is no quarantine record" in line for line in problems(dataset, capsys))
+
+
+def test_a_count_that_differs_is_found(dataset, capsys):
+    path = dataset / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["count"] += 1
+    manifest["shards"][1]["count"] -= 1
+    path.write_text(json.dumps(manifest))
+    found = problems(dataset, capsys)
+    assert sum("rows, the manifest says" in line for line in found) == 2
+
+
+def test_encodings_must_have_the_keys_and_the_fingerprint_of_the_dataset(dataset, capsys):
+    manifest = load_manifest(dataset)
+    folder = encoding_folder(dataset, "abc")
+
+    def encode(skip, fingerprint):
+        entries = []
+        for shard in manifest.shards:
+            keys = read_index(shard.index(dataset))["key"].to_pylist()[skip:]
+            samples = (Sample(key, {"latent.npy": b"x"}) for key in keys)
+            name = f"{shard.number}.tar"
+            write_shard(folder / name, folder / "index" / f"{shard.number}.parquet", samples)
+            entries.append(describe_shard(folder, name, len(keys)))
+        save_encoding(
+            dataset,
+            Encoding(fingerprint="abc", dataset_fingerprint=fingerprint, shards=tuple(entries)),
+        )
+
+    encode(0, manifest.fingerprint)
+    assert problems(dataset, capsys) == []
+    encode(0, "another")
+    (found,) = problems(dataset, capsys)
+    assert "another state of the dataset" in found
+    encode(1, manifest.fingerprint)
+    found = problems(dataset, capsys)
+    assert len(found) == len(manifest.shards)
+    assert all("other keys than the dataset" in line for line in found)
+
+
+def test_an_unfinished_dataset_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="unfinished"):
+        run(VerifyConfig(dataset=tmp_path))
