@@ -1,0 +1,212 @@
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.observed_run import CAPTIONS, STEPS, Now, write_config, write_run, write_training
+from trainer.errors import BadInput
+from trainer.observe.charts import Line, line_chart, round_ticks, short_number, smooth, thin
+from trainer.observe.html import Html, join, tag
+from trainer.observe.report_numbers import headline, in_joules
+from trainer.observe.story import last_of_each_step, read_story
+from trainer.report import ReportConfig, dataset_facts, main, write_report
+
+SECTIONS = ["summary", "samples", "evaluation", "training", "accounts", "data",
+            "reconstructions", "config", "lineage"]  # fmt: skip
+
+
+def page(run, **changes):
+    fields = {"run": str(run), "dataset": None, "output": None, **changes}
+    assert write_report(ReportConfig(**fields)) == 0
+    return (run / "report.html").read_text()
+
+
+def text_of(html):
+    return re.sub(r"<[^>]+>", "\n", html)
+
+
+def test_a_whole_run_is_told(tmp_path):
+    html = page(write_run(tmp_path))
+    assert re.findall(r'<section id="(\w+)">', html) == SECTIONS
+    assert "not there yet" not in html
+    assert html.count("<img ") == 3 * len(CAPTIONS)
+    assert html.count("<svg ") == 3
+    assert "The account does not close" not in html
+    for number in ("4,680 of 5,000 rows", "12,800 images", "91.0 %, against 3.0 % by chance"):
+        assert number in html
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    run = write_run(tmp_path)
+    assert page(run) == page(run)
+
+
+def test_the_page_asks_for_nothing(tmp_path):
+    html = page(write_run(tmp_path))
+    addresses = re.findall(r'(?:src|href|url\()="?([^">]{0,12})', html)
+    assert addresses
+    assert all(address.startswith("data:") for address in addresses)
+    assert "@import" not in html
+
+
+def test_text_from_files_stays_text(tmp_path):
+    html = page(write_run(tmp_path))
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert "&lt;grey &amp; white&gt;" in html
+
+
+def test_every_missing_part_names_the_command_that_makes_it(tmp_path):
+    run = tmp_path / "fresh"
+    write_config(run, tmp_path / "nowhere")
+    html = page(run)
+    assert re.findall(r'<section id="(\w+)">', html) == SECTIONS
+    for command in ("prepare", "train", "evaluate", "sample"):
+        assert f"kiln {command}" in text_of(html)
+
+
+@pytest.mark.parametrize(
+    "part", ["metrics.jsonl", "ledger.jsonl", "plan.json", "evaluation.json", "samples/index.json",
+             "samples/real_2.png"]
+)  # fmt: skip
+def test_any_one_part_may_be_missing(tmp_path, part):
+    run = write_run(tmp_path)
+    (run / part).unlink()
+    assert re.findall(r'<section id="(\w+)">', page(run)) == SECTIONS
+
+
+def test_without_its_dataset_the_rest_is_told(tmp_path):
+    run = write_run(tmp_path)
+    (tmp_path / "dataset" / "manifest.json").unlink()
+    html = page(run)
+    assert "The dataset&#x27;s manifest" in html
+    assert "12,800 images" in html
+
+
+def test_a_picture_outside_of_the_samples_is_not_shown(tmp_path):
+    run = write_run(tmp_path)
+    (run / "secret.png").write_bytes(b"s")
+    index = {"samples": [{"caption": "c", "picture": "../secret.png", "ok": None}]}
+    (run / "samples" / "index.json").write_text(json.dumps(index))
+    assert "is outside of samples/" in page(run)
+
+
+def test_the_command_writes_where_it_is_told(tmp_path, caplog):
+    run = write_run(tmp_path)
+    out = tmp_path / "elsewhere.html"
+    caplog.set_level("INFO")
+    assert main([f"run={run}", f"output={out}"]) == 0
+    assert out.read_text() == page(run)
+    assert str(out) in caplog.text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"no config\.yaml, so it is no run directory"):
+        write_report(ReportConfig(run=str(tmp_path), dataset=None, output=None))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("config.yaml", "a: [1"), ("evaluation.json", "{"), ("plan.json", "[1]"),
+     ("metrics.jsonl", "x\n")],
+)  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path, file, damage):
+    run = write_run(tmp_path)
+    (run / file).write_text(damage)
+    with pytest.raises(BadInput, match=file):
+        page(run)
+
+
+def test_rows_of_steps_done_again_are_superseded():
+    rows = [{"step": step, "attempt": 0} for step in (1, 2, 3, 4)]
+    rows += [{"step": step, "attempt": 1} for step in (3, 5)]
+    found = [(row["step"], row["attempt"]) for row in last_of_each_step(rows)]
+    assert found == [(1, 0), (2, 0), (3, 1), (5, 1)]
+
+
+def test_productive_time_is_that_of_the_steps_in_the_result(tmp_path):
+    run, now = tmp_path / "r", Now()
+    write_config(run, tmp_path / "d")
+    write_training(run, now)
+    story = read_story(run, dataset_dir=None, dataset=None, versions={})
+    numbers = headline(story)
+    assert numbers.productive_s == pytest.approx(STEPS * 0.9, rel=1e-3)
+    assert numbers.train_s == pytest.approx(now.at_s - Now().at_s)
+    assert numbers.train_j == pytest.approx(10 * numbers.train_s)
+    assert numbers.measured_frac == 0
+
+
+def test_dataset_facts_add_up(tmp_path):
+    write_run(tmp_path)
+    facts = dataset_facts(tmp_path / "dataset")
+    assert facts.rows_kept + sum(facts.rejected.values()) == facts.rows_in
+
+
+finite = st.floats(-1e6, 1e6)
+
+
+@given(finite, st.floats(1e-6, 1e6), st.integers(2, 9))
+def test_ticks_are_few_even_and_reach_over_the_span(low, span, num_ticks):
+    ticks = round_ticks(low, low + span, num_ticks)
+    step = ticks[1] - ticks[0]
+    slack = 1e-6 * step + 1e-9 * abs(low)
+    assert ticks[0] <= low + slack
+    assert ticks[-1] >= low + span - slack
+    assert 2 <= len(ticks) <= num_ticks + 2
+    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-6)
+    assert min(abs(mantissa - m) for m in (1, 2, 5)) < 0.01
+
+
+@given(st.lists(st.tuples(finite, finite), min_size=1, max_size=900))
+def test_thinning_keeps_means_and_bounds(points):
+    points.sort()
+    thinned = thin(points, 100)
+    assert len(thinned) <= 100
+    if len(points) % math.ceil(len(points) / 100) == 0:
+        mean = sum(y for _, y in points) / len(points)
+        assert sum(y for _, y in thinned) / len(thinned) == pytest.approx(mean, abs=1e-3)
+
+
+def test_smoothing_leaves_a_constant_alone_and_averages_the_last_ones():
+    assert smooth([(x, 3.0) for x in range(5)], num_points=3) == [(x, 3.0) for x in range(5)]
+    assert smooth([(0, 1.0), (1, 3.0), (2, 8.0)], num_points=2) == [(0, 1.0), (1, 2.0), (2, 5.5)]
+
+
+def test_every_point_of_a_chart_lies_inside_it():
+    points = [(float(x), 100 * math.sin(x)) for x in range(50)] + [(51.0, math.nan)]
+    svg = line_chart("wave", [Line(points, "bold")], x_label="x")
+    drawn = re.search(r'polyline points="([^"]+)"', svg).group(1)
+    assert "nan" not in svg
+    for pair in drawn.split():
+        x, y = map(float, pair.split(","))
+        assert 0 <= x <= 470
+        assert 0 <= y <= 250
+
+
+@pytest.mark.parametrize("points", [[], [(1.0, 1.0)], [(1.0, math.nan), (2.0, math.inf)]])
+def test_too_little_gives_no_chart(points):
+    assert line_chart("none", [Line(points, "bold")], x_label="x") is None
+
+
+def test_a_flat_curve_can_be_drawn():
+    for value in (0.0, 5.0, -2.0):
+        points = [(0.0, value), (9.0, value)]
+        assert line_chart("flat", [Line(points, "bold")], x_label="x") is not None
+
+
+def test_numbers_are_short():
+    numbers = (64000, 0.001, 0, 2.5e6, 0.25)
+    assert [short_number(n) for n in numbers] == ["64k", "0.001", "0", "2.5M", "0.25"]
+    assert [in_joules(j) for j in (812, 1800, 3.1e6, 7e9)] == [
+        "812 J", "1.80 kJ", "3.10 MJ", "7.00 GJ",
+    ]  # fmt: skip
+
+
+def test_markup_is_escaped_once():
+    inner = tag("b", "<&>")
+    assert inner == "<b>&lt;&amp;&gt;</b>"
+    assert tag("p", inner, "<", class_="a") == '<p class="a"><b>&lt;&amp;&gt;</b>&lt;</p>'
+    assert join([Html("<i>"), ["x", "&"]]) == "<i>x&amp;"

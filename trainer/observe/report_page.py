@@ -1,0 +1,366 @@
+"""Lay a run's story out as one self-contained HTML page."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.observe.accounts import Total, close_check, totals
+from trainer.observe.charts import WIDE_PX, Line, line_chart, smooth
+from trainer.observe.html import Html, join, picture, table, tag
+from trainer.observe.ledger import Bucket
+from trainer.observe.report_numbers import (
+    J_PER_KWH,
+    Numbers,
+    curve,
+    duration,
+    headline,
+    in_joules,
+    score_label,
+    score_text,
+    scores,
+)
+from trainer.observe.report_style import STYLE
+from trainer.observe.story import DatasetFacts, Story
+
+# The page may show what is in it and ask for nothing; the browser enforces it.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_MEANING = {
+    Bucket.QUEUE: "waiting for the scheduler",
+    Bucket.INIT: "starting: imports, building, compiling",
+    Bucket.RESTORE: "loading a checkpoint",
+    Bucket.PRODUCTIVE: "work that is in the result",
+    Bucket.DATA_STALL: "waiting for data",
+    Bucket.CHECKPOINT_STALL: "waiting for a checkpoint",
+    Bucket.EVALUATION: "evaluating",
+    Bucket.DRAIN: "stopping",
+    Bucket.LOST_WORK: "work done again after a stop or a rollback",
+    Bucket.IDLE: "nothing",
+}
+
+
+def render(story: Story) -> str:
+    """Return the page; the same story gives the same bytes."""
+    numbers = headline(story)
+    sections = [
+        _section("summary", None, _summary(story, numbers)),
+        _section("samples", "Samples", _samples(story)),
+        _section("evaluation", "Evaluation", _evaluation(story)),
+        _section("training", "Training", _training(story)),
+        _section("accounts", "Time and energy", _accounts(story, numbers)),
+        _section("data", "Data", _data(story.dataset)),
+        _section("reconstructions", "Autoencoder", _reconstructions(story)),
+        _section("config", "Configuration", _config(story)),
+        _section("lineage", "Lineage", _lineage(story)),
+    ]
+    head = tag(
+        "head",
+        Html('<meta charset="utf-8">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html('<link rel="icon" href="data:,">'),
+        tag("title", f"{story.name} - Kiln"),
+        tag("style", Html(STYLE)),
+    )
+    page = tag("html", head, tag("body", tag("main", *sections)), lang="en")
+    return f"<!doctype html>\n{page}\n"
+
+
+def _section(name: str, heading: str | None, body: Sequence[Html]) -> Html:
+    title = [tag("h2", heading)] if heading else []
+    return tag("section", *title, *body, id=name)
+
+
+def _absent(what: str, command: str) -> list[Html]:
+    text = tag("p", f"{what}: not there yet. Run ", tag("code", command), ".", class_="absent")
+    return [text]
+
+
+def _summary(story: Story, numbers: Numbers) -> list[Html]:
+    cards = [
+        tag("div", tag("b", value), tag("span", label), class_="card")
+        for label, value in _cards(numbers)
+    ]
+    return [
+        tag("h1", story.name),
+        tag("p", " ".join(_sentences(story, numbers)), class_="lead"),
+        tag("div", *cards, class_="cards"),
+    ]
+
+
+def _sentences(story: Story, numbers: Numbers) -> Iterator[str]:
+    model = story.config.get("model", {})
+    what = f"A {model.get('kind', 'model')}"
+    if num_parameters := model.get("num_parameters"):
+        what += f" of {num_parameters / 1e6:.1f} M parameters"
+    if not numbers.steps:
+        yield f"{what}; no training step has been logged yet."
+    else:
+        of = f" of {numbers.total_steps:,}" if numbers.total_steps else ""
+        data = f" of dataset {story.dataset.fingerprint[:12]}" if story.dataset else ""
+        yield f"{what}, trained for {numbers.steps:,}{of} steps on {numbers.images:,} images{data}."
+    if numbers.train_s:
+        yield (
+            f"Training took {duration(numbers.train_s)}, of which "
+            f"{100 * numbers.productive_s / numbers.train_s:.0f} % went into the result, and "
+            f"{in_joules(numbers.train_j)}{_provenance(numbers)}."
+        )
+    if numbers.final_loss is not None:
+        yield f"The loss ended at {numbers.final_loss:.4f}."
+    if numbers.score:
+        name, value, chance = numbers.score
+        against = "" if chance is None else f", against {score_text(name, chance)} by chance"
+        yield f"{score_label(name).capitalize()}: {score_text(name, value)}{against}."
+
+
+def _provenance(numbers: Numbers) -> str:
+    if not numbers.all_j:
+        return " (no meter)"
+    if numbers.measured_frac == 0:
+        return " (modelled, not measured)"
+    return f" ({100 * numbers.measured_frac:.0f} % of all joules measured)"
+
+
+def _cards(numbers: Numbers) -> Iterator[tuple[str, str]]:
+    yield "steps", f"{numbers.steps:,}"
+    yield "images seen", f"{numbers.images:,}"
+    if numbers.train_s:
+        yield "training time", duration(numbers.train_s)
+        yield "productive", f"{100 * numbers.productive_s / numbers.train_s:.0f} %"
+    if numbers.productive_s:
+        yield "images/s, productive", f"{numbers.images / numbers.productive_s:.1f}"
+    if numbers.train_j:
+        yield "training energy", in_joules(numbers.train_j)
+    if numbers.final_loss is not None:
+        yield "final loss", f"{numbers.final_loss:.4f}"
+    if numbers.score:
+        name, value, _ = numbers.score
+        yield score_label(name), score_text(name, value)
+
+
+def _data(facts: DatasetFacts | None) -> list[Html]:
+    if facts is None:
+        return _absent("The dataset's manifest", "kiln prepare")
+    whole = max(facts.rows_in, 1)
+    rejected = sorted(facts.rejected.items(), key=lambda item: (-item[1], item[0]))
+    counts = [("kept", facts.rows_kept), *((f"rejected: {why}", n) for why, n in rejected)]
+    rows = [(what, f"{count:,}", f"{100 * count / whole:.1f} %") for what, count in counts]
+    intro = tag(
+        "p",
+        f"{facts.rows_kept:,} of {facts.rows_in:,} rows became samples, in {facts.num_shards:,} "
+        f"shards of {facts.bytes / 1e6:,.1f} MB together. Every other row is in quarantine, with "
+        "its reason.",
+    )
+    foot = ("rows in", f"{facts.rows_in:,}", "100 %")
+    return [intro, table(("", "rows", "share"), rows, numeric=2, foot=foot)]
+
+
+def _training(story: Story) -> list[Html]:
+    x_label = "images seen"
+    loss = curve(story.metrics, "train/loss")
+    soft_loss = smooth(loss, num_points=max(1, len(loss) // 40))
+    charts = [
+        line_chart(
+            "Loss",
+            [Line(loss, "faint"), Line(soft_loss, "bold")],
+            x_label=x_label,
+            width_px=WIDE_PX,
+        ),
+        line_chart(
+            "Images per second",
+            [Line(curve(story.metrics, "speed/images_per_s"), "bold")],
+            x_label=x_label,
+            from_zero=True,
+        ),
+        line_chart(
+            "Learning rate",
+            [Line(curve(story.metrics, "train/lr"), "alt")],
+            x_label=x_label,
+            from_zero=True,
+        ),
+    ]
+    drawn = [chart for chart in charts if chart is not None]
+    if not drawn:
+        return _absent("Two logged steps", f"kiln train run={story.run_dir}")
+    return [tag("div", *drawn, class_="charts")]
+
+
+def _accounts(story: Story, numbers: Numbers) -> list[Html]:
+    if not story.ledger:
+        return _absent("The ledger", f"kiln train run={story.run_dir}")
+    sums = totals(story.ledger)
+    parts: list[Html] = []
+    for stage in dict.fromkeys(stage for stage, _ in sums):
+        buckets = {bucket: total for (of, bucket), total in sums.items() if of == stage}
+        parts += [tag("h3", stage.capitalize()), _bar(buckets), _bucket_table(buckets)]
+    return [*parts, *_energy_notes(story, numbers)]
+
+
+def _bar(buckets: Mapping[Bucket, Total]) -> Html:
+    whole_s = sum(total.seconds for total in buckets.values()) or 1.0
+    slices = [
+        tag("i", class_=f"b-{bucket.value}", style=f"width:{100 * total.seconds / whole_s:.3f}%")
+        for bucket, total in buckets.items()
+    ]
+    return tag("div", *slices, class_="bar", aria_hidden="true")
+
+
+def _bucket_table(buckets: Mapping[Bucket, Total]) -> Html:
+    whole_s = sum(total.seconds for total in buckets.values()) or 1.0
+    rows = [
+        (
+            join((tag("i", class_=f"swatch b-{bucket.value}"), bucket.value.replace("_", " "))),
+            tag("span", _MEANING[bucket], class_="soft"),
+            duration(total.seconds),
+            f"{100 * total.seconds / whole_s:.1f} %",
+            in_joules(total.joules),
+            ", ".join(name for name, joules in total.joules_by.items() if joules > 0) or "none",
+        )
+        for bucket, total in buckets.items()
+        if total.seconds > 0 or total.joules > 0
+    ]
+    all_j = sum(total.joules for total in buckets.values())
+    filled = table(
+        ("bucket", "meaning", "time", "share", "energy", "known by"),
+        rows,
+        numeric=4,
+        foot=("all", "", duration(whole_s), "100 %", in_joules(all_j), ""),
+    )
+    return tag("div", filled, class_="wide")
+
+
+def _energy_notes(story: Story, numbers: Numbers) -> Iterator[Html]:
+    open_accounts = [check for check in close_check(story.ledger) if not check.holds()]
+    words = "Every second of every attempt lies in exactly one bucket."
+    if open_accounts:
+        names = ", ".join(f"{check.stage} {check.attempt}" for check in open_accounts)
+        words = f"The account does not close for: {names}."
+    if numbers.images and numbers.all_j and numbers.productive_j:
+        words += (
+            f" {numbers.all_j / numbers.images:.3g} J per image seen with everything counted, "
+            f"{numbers.productive_j / numbers.images:.3g} J of productive work alone; "
+            f"{numbers.images / (numbers.all_j / J_PER_KWH):,.0f} images per kWh."
+        )
+    words += (
+        f" {100 * numbers.measured_frac:.0f} % of the joules are measured; tdp_model is busy "
+        "core-seconds times stated watts, without idle power, memory or cooling."
+    )
+    yield tag("p", words, class_="note")
+
+
+def _evaluation(story: Story) -> list[Html]:
+    found = scores(story.evaluation)
+    if not found:
+        return _absent("The evaluation", f"kiln evaluate run={story.run_dir}")
+    rows = [
+        (
+            score_label(name),
+            score_text(name, value),
+            "-" if chance is None else score_text(name, chance),
+        )
+        for name, value, chance in found
+    ]
+    facts = [
+        f"{key.replace('_', ' ')}: {value}"
+        for key, value in story.evaluation.items()
+        if isinstance(value, str | int | float)
+    ]
+    note = [tag("p", "; ".join(facts), class_="note")] if facts else []
+    return [table(("score", "this run", "by chance (untrained)"), rows, numeric=2), *note]
+
+
+def _samples(story: Story) -> list[Html]:
+    entries = story.samples.get("samples", [])
+    if not entries:
+        return _absent("Pictures", f"kiln sample run={story.run_dir}")
+    folder = story.run_dir / "samples"
+    figures = [
+        tag(
+            "figure",
+            _picture(folder, entry.get("picture"), alt=entry["caption"]),
+            tag("figcaption", *_verdict(entry.get("ok")), entry["caption"]),
+        )
+        for entry in entries
+    ]
+    return [tag("div", *figures, class_="pictures")]
+
+
+def _verdict(ok: bool | None) -> list[Html]:
+    if ok is None:
+        return []
+    word, style = ("right: ", "ok") if ok else ("wrong: ", "wrong")
+    return [tag("span", word, class_=style)]
+
+
+def _reconstructions(story: Story) -> list[Html]:
+    entries = story.samples.get("reconstructions", [])
+    if not entries:
+        return _absent("Reconstructions", f"kiln sample run={story.run_dir}")
+    folder = story.run_dir / "samples"
+    figures = []
+    for entry in entries:
+        caption = entry["caption"]
+        real = _picture(folder, entry.get("real"), alt=f"real: {caption}")
+        coded = _picture(folder, entry.get("reconstructed"), alt=f"reconstructed: {caption}")
+        pair = [tag("div", real, tag("small", "real"))]
+        pair.append(tag("div", coded, tag("small", "reconstructed")))
+        figures.append(tag("figure", tag("div", *pair, class_="pair"), tag("figcaption", caption)))
+    words = "Real pictures, and what is left of them after the autoencoder: no sample is sharper."
+    return [tag("p", words), tag("div", *figures, class_="pictures pairs")]
+
+
+def _picture(folder: Path, name: object, *, alt: str) -> Html:
+    path = folder / str(name)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return tag("span", f"{name} is outside of {folder.name}/", class_="missing")
+    return picture(path, alt=alt)
+
+
+def _config(story: Story) -> list[Html]:
+    text = yaml.safe_dump(dict(story.config), sort_keys=False, default_flow_style=None)
+    return [tag("details", tag("summary", "The resolved configuration"), tag("pre", text))]
+
+
+def _lineage(story: Story) -> list[Html]:
+    rows: list[tuple[str, Html | str]] = []
+    if story.dataset:
+        rows.append(("dataset fingerprint", tag("code", story.dataset.fingerprint)))
+        rows += [
+            (f"dataset {name.replace('_', ' ')}", _value(value))
+            for name, value in story.dataset.provenance.items()
+        ]
+    rows += [(f"version of {name}", _value(version)) for name, version in story.versions.items()]
+    return [*_attempts(story), table(("", ""), rows, numeric=0)]
+
+
+def _value(value: Any) -> Html:  # noqa: ANN401 - JSON
+    return tag("code", value if isinstance(value, str) else yaml.safe_dump(value).strip(" .\n"))
+
+
+def _attempts(story: Story) -> list[Html]:
+    rows = []
+    for check in close_check(story.ledger):
+        own = [
+            row
+            for row in story.ledger
+            if (row["stage"], row["attempt"], row["rank"])
+            == (check.stage, check.attempt, check.rank)
+        ]
+        started = datetime.fromtimestamp(min(row["start_unix_s"] for row in own), UTC)
+        killed = any(row["bucket"] == Bucket.LOST_WORK for row in own)
+        ended = "killed" if killed else "properly" if own[-1].get("closed") else "running or killed"
+        rows.append(
+            (
+                f"{check.stage} {check.attempt}",
+                f"{started:%Y-%m-%d %H:%M:%S} UTC",
+                ended,
+                duration(sum(row["seconds"] for row in own)),
+                f"{max(row['step'] for row in own):,}" if check.stage == "train" else "-",
+            )
+        )
+    if not rows:
+        return []
+    head = ("attempt", "started", "ended", "time", "last step")
+    return [tag("h3", "Attempts"), table(head, rows, numeric=2), tag("h3", "Made from")]

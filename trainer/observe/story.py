@@ -1,0 +1,114 @@
+"""Gather what a run directory and its dataset tell, whether or not the run is finished."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.errors import BadInput
+from trainer.observe.jsonl import read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """What became of the rows that went into the dataset, and where they came from."""
+
+    fingerprint: str
+    rows_in: int
+    rows_kept: int
+    rejected: Mapping[str, int]
+    """Reason -> rows."""
+    num_shards: int
+    bytes: int
+    """Of all shards."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """A run, as far as it has come; what is not there yet is empty."""
+
+    run_dir: Path
+    config: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    """One row per logged step, in order of steps: of a step done twice, the last."""
+    ledger: Sequence[Mapping[str, Any]]
+    """The dataset's rows (prepare, encode), then the run's."""
+    evaluation: Mapping[str, Any]
+    samples: Mapping[str, Any]
+    """`reconstructions` and `samples`; see docs of `kiln sample`."""
+    dataset: DatasetFacts | None
+    versions: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.run_dir.resolve().name
+
+
+def read_story(
+    run_dir: Path,
+    *,
+    dataset_dir: Path | None,
+    dataset: DatasetFacts | None,
+    versions: Mapping[str, str],
+) -> Story:
+    """Read a run directory.
+
+    Raises:
+        BadInput: It is no run directory, or one of its files is damaged.
+    """
+    config_file = run_dir / "config.yaml"
+    if not config_file.exists():
+        raise BadInput(
+            f"{run_dir} has no config.yaml, so it is no run directory. "
+            "Give run= the folder that `kiln train` wrote."
+        )
+    prepared = read_rows(dataset_dir / "ledger.jsonl") if dataset_dir else []
+    return Story(
+        run_dir=run_dir,
+        config=read_config(run_dir),
+        plan=_read_json(run_dir / "plan.json"),
+        metrics=last_of_each_step(read_rows(run_dir / "metrics.jsonl")),
+        ledger=[*prepared, *read_rows(run_dir / "ledger.jsonl")],
+        evaluation=_read_json(run_dir / "evaluation.json"),
+        samples=_read_json(run_dir / "samples" / "index.json"),
+        dataset=dataset,
+        versions=versions,
+    )
+
+
+def read_config(run_dir: Path) -> Mapping[str, Any]:
+    """Read RUN/config.yaml as plain containers, whatever version wrote it."""
+    file = run_dir / "config.yaml"
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except yaml.YAMLError as error:
+        raise BadInput(f"{file} is not YAML: {error}. `kiln train` writes it anew.") from error
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def last_of_each_step(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Drop rows that a resume made obsolete: steps at or after one that was logged again later."""
+    kept: list[Mapping[str, Any]] = []
+    for row in rows:
+        while kept and kept[-1]["step"] >= row["step"]:
+            kept.pop()
+        kept.append(row)
+    return kept
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        loaded = error
+    if not isinstance(loaded, dict):
+        raise BadInput(f"{file} is damaged (need a JSON object): delete it and make it again.")
+    return loaded
