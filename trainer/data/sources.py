@@ -67,6 +67,9 @@ class Source(Protocol):
     ) -> LatentBatch | PictureBatch:
         """Read the given samples."""
 
+    def close(self) -> None:
+        """Close the files."""
+
 
 class _Shards:
     """All shards of one folder as one row of samples; opened when first met."""
@@ -87,6 +90,10 @@ class _Shards:
             index = read_index(entry.index(self._folder))
             shard = self._open[number] = Shard(entry.tar(self._folder), index)
         return shard, int(sample - self._ends[number] + self._entries[number].count)
+
+    def close(self) -> None:
+        for shard in self._open.values():
+            shard.close()
 
 
 class LatentSource:
@@ -114,6 +121,10 @@ class LatentSource:
             text_mask_BL=mask_BL.to(self._device),
         )
 
+    def close(self) -> None:
+        """Close the tars."""
+        self._shards.close()
+
 
 class PictureSource:
     """Reads and decodes the pictures of a dataset."""
@@ -137,6 +148,10 @@ class PictureSource:
             visits_B=torch.from_numpy(visits).to(self._device),
             pictures_BCHW=pictures_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0,
         )
+
+    def close(self) -> None:
+        """Close the tars."""
+        self._shards.close()
 
     def _picture(self, shard: Shard, row: int) -> NDArray[np.uint8]:
         extension = next(ext for ext in shard.extensions(row) if ext in _PICTURES)

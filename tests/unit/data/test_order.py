@@ -30,7 +30,7 @@ def test_inverse_undoes_the_permutation_at_any_size(size, seed, epoch, data):
 def test_epochs_and_seeds_differ_and_neighbours_scatter():
     size = 10_000
     first = permute(np.arange(size), size, seed=0, epoch=0)
-    for other in (dict(seed=0, epoch=1), dict(seed=1, epoch=0)):
+    for other in ({"seed": 0, "epoch": 1}, {"seed": 1, "epoch": 0}):
         assert (permute(np.arange(size), size, **other) == first).mean() < 0.01
     # The mean distance between neighbours of a uniform shuffle is size/3.
     assert abs(np.abs(np.diff(first)).mean() / (size / 3) - 1) < 0.05

@@ -1,0 +1,63 @@
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_dataset import CHANNELS, TEXT_WIDTH, make_dataset
+from trainer.data.manifest import list_encodings
+from trainer.data.sources import LatentSource
+from trainer.diffusion.process import RectifiedFlow
+from trainer.objectives import LatentObjective
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    dataset = make_dataset(tmp_path_factory.mktemp("objective"))
+    with closing(LatentSource(dataset, list_encodings(dataset)[0])) as source:
+        yield source
+
+
+def objective(dropout: float, seed: int = 1) -> LatentObjective:
+    return LatentObjective(
+        RectifiedFlow(),
+        seed=seed,
+        latent_mean_C=torch.zeros(CHANNELS),
+        latent_std_C=torch.ones(CHANNELS),
+        null_text_LD=torch.full((2, TEXT_WIDTH), 7.0),
+        caption_dropout=dropout,
+    )
+
+
+class Recorder(torch.nn.Module):
+    """Predicts zero and remembers what it was asked."""
+
+    def forward(self, x_t, time_B, text_BLD, mask_BL):
+        self.asked = (x_t, time_B, text_BLD, mask_BL)
+        return torch.zeros_like(x_t)
+
+
+def test_draws_belong_to_the_sample_not_to_its_place_in_a_batch(source):
+    visits = np.zeros(20, np.int64)
+    whole = objective(0.5)(Recorder(), source.load(np.arange(20), visits))
+    parts = [objective(0.5)(Recorder(), source.load(np.array([n]), visits[:1])) for n in range(20)]
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-6, atol=0)
+
+
+def test_another_visit_or_seed_draws_anew(source):
+    first = objective(0.0)(Recorder(), source.load(np.arange(8), np.zeros(8, np.int64)))
+    again = objective(0.0)(Recorder(), source.load(np.arange(8), np.ones(8, np.int64)))
+    seeded = objective(0.0, seed=2)(Recorder(), source.load(np.arange(8), np.zeros(8, np.int64)))
+    assert (first != again).all()
+    assert (first != seeded).all()
+
+
+@pytest.mark.parametrize(("dropout", "share"), [(0.0, 0.0), (1.0, 1.0), (0.3, 0.3)])
+def test_dropped_captions_become_the_empty_one_with_its_own_length(source, dropout, share):
+    model, numbers = Recorder(), np.tile(np.arange(20), 50)
+    objective(dropout)(model, source.load(numbers, np.repeat(np.arange(50), 20)))
+    _, _, text_BLD, mask_BL = model.asked
+    dropped_B = (text_BLD[:, 0] == 7.0).all(1)
+    assert dropped_B.float().mean() == pytest.approx(share, abs=0.05)
+    assert (mask_BL[dropped_B].sum(1) == 2).all()
+    assert (text_BLD[dropped_B, 2:] == 0).all()
