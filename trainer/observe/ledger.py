@@ -68,7 +68,8 @@ class Ledger:
         Args:
             path: ledger.jsonl; one process at a time writes it.
             stage: What the process does: train, prepare, encode, ...
-            attempt: Number of this attempt, from 0; None: one more than the last in the file.
+            attempt: Number of this attempt, from 0; None, or one that the file has already: one
+                more than the last in the file.
             rank: Whose time this is.
             meters: From `open_meters`, which see; none: joules are 0 with provenance `none`.
             started_unix_s: When the process was born, so that its imports are in `init`. The
@@ -85,7 +86,8 @@ class Ledger:
         born_unix_s = now_unix_s if started_unix_s is None else min(started_unix_s, now_unix_s)
         rows = [row for row in read_rows(path) if (row["stage"], row["rank"]) == (stage, rank)]
         following = 1 + max((row["attempt"] for row in rows), default=-1)
-        self.attempt = following if attempt is None else attempt
+        # Never a number twice: two attempts under one number could not be told apart.
+        self.attempt = max(following, attempt or 0)
         if rows and not rows[-1].get("closed", False):
             self._file.append([_killed_row(rows, before_unix_s=born_unix_s)])
         self._labels = {"attempt": self.attempt, "rank": rank, "stage": stage}

@@ -234,6 +234,12 @@ def test_stages_keep_their_own_attempts_and_totals(tmp_path):
     assert [total.seconds for total in totals(rows).values()] == [2, 1]
 
 
+def test_attempts_take_the_given_number_but_none_twice(tmp_path):
+    for given_number, found in [(None, 0), (4, 4), (4, 5), (None, 6)]:
+        with open_ledger(tmp_path / "l.jsonl", Clock(), attempt=given_number) as ledger:
+            assert ledger.attempt == found
+
+
 def test_an_unknown_bucket_is_refused(tmp_path):
     with (
         open_ledger(tmp_path / "l.jsonl", Clock()) as ledger,
