@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from trainer.config import EncodersConfig
 from trainer.frozen import config
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -63,8 +64,8 @@ class PrepareConfig:
     """Leave pictures that are smaller as they are."""
     encode_format: Literal["jpg", "png", "webp"]
     """How stored pictures are encoded."""
-    encode_quality: NonNegativeInt
-    """jpg, webp: quality, 0 to 100; png: compression, 0 to 9."""
+    encode_quality: NonNegativeInt | None
+    """jpg, webp: quality, 1 to 100; png: compression, 0 to 9; null is 95, and 6 for png."""
     min_image_side_px: NonNegativeInt
     """Pictures with a shorter side are rejected."""
     max_image_pixels: PositiveInt
@@ -81,6 +82,21 @@ class PrepareConfig:
     """Simultaneous downloads per worker process."""
     recheck: Literal["sizes", "hashes"]
     """How finished shards are judged when the command is given again; hashes reads them all."""
+
+    def __post_init__(self) -> None:
+        low, high = (0, 9) if self.encode_format == "png" else (1, 100)
+        if self.encode_quality is not None and not low <= self.encode_quality <= high:
+            raise ValueError(
+                f"encode_quality={self.encode_quality} with encode_format={self.encode_format}: "
+                f"need {low} to {high}, or null."
+            )
+
+    @property
+    def quality(self) -> int:
+        """The quality with its default filled in."""
+        if self.encode_quality is not None:
+            return self.encode_quality
+        return 6 if self.encode_format == "png" else 95
 
 
 @config
@@ -145,3 +161,23 @@ class SourceConfig:
     """Painting processes; null is one per core."""
     faults: FaultsConfig
     """What goes wrong, and how often."""
+
+
+@config
+class EncodeConfig:
+    """`kiln encode`."""
+
+    dataset: Path
+    """A published dataset; its encodings go beside its shards."""
+    encoders: EncodersConfig
+    """The models; give `kiln train` the same."""
+    batch_images: PositiveInt
+    """Pictures per pass through the autoencoder; another number may change the last bit."""
+    threads: PositiveInt
+    """CPU threads; equal numbers give equal bytes."""
+    device: Literal["cpu", "cuda"]
+    """Where the models run."""
+    recheck: Literal["sizes", "hashes"]
+    """How finished shards are judged when the command is given again; hashes reads them all."""
+    tdp_w_per_core: PositiveFloat
+    """Watts of one busy CPU core for the TDP model, used only where no energy counter exists."""

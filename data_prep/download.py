@@ -51,7 +51,7 @@ class CheckedResizer(Resizer):  # type: ignore[misc]
             cfg.image_side_px,
             cfg.resize_mode,
             cfg.resize_only_if_bigger,
-            encode_quality=cfg.encode_quality,
+            encode_quality=cfg.quality,
             encode_format=cfg.encode_format,
             min_image_size=cfg.min_image_side_px,
             max_aspect_ratio=cfg.max_aspect_ratio,

@@ -93,7 +93,7 @@ def scene_size(number: int, *, max_side_px: int) -> tuple[int, int]:
     One in 50 is smaller than what a sensible rule keeps, one in 100 has the largest side.
     """
     if number % 50 == 49:
-        return 16, 16
+        return 12, 12
     if number % 100 == 7:
         return max_side_px, max_side_px * 3 // 4
     short = min(64 + 16 * (number * 7 % 8), max_side_px)
@@ -161,8 +161,11 @@ def _emoji(folder: Path) -> Iterator[tuple[Path, str, str]]:
     labels: dict[str, str] = {}
     for emoji in json.loads((base / "en" / "data.json").read_text(encoding="utf-8")):
         labels[_code(emoji["hexcode"])] = emoji["label"]
+    seen: set[str] = set()  # some are there under two spellings of their code
     for path in sorted((fluent / "assets").glob("*.webp")):
-        if label := labels.get(_code(path.stem)):
+        code = _code(path.stem)
+        if (label := labels.get(code)) and code not in seen:
+            seen.add(code)
             yield path, f"fluent-{path.stem}.webp", f"{label}, fluent style"
     rows: list[dict[str, Any]] = json.loads((noto / "emoji.json").read_text(encoding="utf-8"))
     for row in sorted(rows, key=lambda row: str(row["image"])):

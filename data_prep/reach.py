@@ -1,5 +1,6 @@
 """Find out whether anything of a source can be reached, and say what to do if nothing can."""
 
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,6 +15,7 @@ from trainer.errors import BadWorld
 
 NUM_HOSTS = 16
 _TIMEOUT_S = 3.0
+_PATIENCE_S = 3.0  # a server that was started together with the command may need a moment
 
 
 def check_reachable(rows: Iterable[Row], cfg: DownloadConfig) -> None:
@@ -32,12 +34,14 @@ def check_reachable(rows: Iterable[Row], cfg: DownloadConfig) -> None:
             break
     if not hosts:
         return
+    ends_s = time.monotonic() + _PATIENCE_S
     with ThreadPoolExecutor(NUM_HOSTS) as threads:
-        problems = list(threads.map(lambda host: _problem(host, cfg), hosts))
-    if all(problems):
-        url, problem = next(iter(hosts.values())), problems[0] or ""
-        reason, detail = reason_of("failed_to_download", f"<urlopen error {problem}>")
-        raise unreachable(f"not one of {len(hosts)} host(s) can be reached", url, reason, detail)
+        while all(problems := list(threads.map(lambda host: _problem(host, cfg), hosts))):
+            reason, detail = reason_of("failed_to_download", f"<urlopen error {problems[0]}>")
+            if reason == Reason.ADDRESS_REFUSED or time.monotonic() > ends_s:
+                what = f"not one of {len(hosts)} host(s) can be reached"
+                raise unreachable(what, next(iter(hosts.values())), reason, detail)
+            time.sleep(0.2)
 
 
 def _problem(address: tuple[str, int], cfg: DownloadConfig) -> str | None:

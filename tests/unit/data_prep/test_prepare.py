@@ -1,11 +1,14 @@
 import ctypes
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import socket
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -132,6 +135,27 @@ def test_a_server_that_never_answers_stops_the_command_with_nothing_published(so
             run(prepare_cfg(source, tmp_path / "d", *more))
     assert not list((tmp_path / "d").glob("units/*"))
     assert not (tmp_path / "d" / "manifest.json").exists()
+
+
+def test_a_worker_that_dies_is_reported_with_what_may_help(served, tmp_path):
+    def kill_first_worker():
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.01)
+        workers[0].kill()
+
+    killer = threading.Thread(target=kill_first_worker)
+    killer.start()
+    with pytest.raises(BadWorld, match=r"a worker process died.*processes=1 or threads=8"):
+        run(prepare_cfg(served, tmp_path))
+    killer.join()
+
+
+@pytest.mark.parametrize(("kind", "quality"), [("png", 95), ("jpg", 101), ("webp", 0)])
+def test_a_quality_that_a_format_does_not_have_is_refused(source, tmp_path, kind, quality):
+    words = (f"encode_format={kind}", f"encode_quality={quality}")
+    with pytest.raises(BadInput, match=rf"encode_quality={quality} with .*{kind}: need \d to"):
+        prepare_cfg(source, tmp_path, *words)
+    assert prepare_cfg(source, tmp_path, f"encode_format={kind}").quality > 5
 
 
 def test_two_at_once_are_kept_apart(tmp_path):

@@ -152,7 +152,12 @@ def test_emoji_join_pictures_and_labels_by_code(tmp_path):
     packages = [base / p.replace("/", "-").strip("@") / "package" for p in pictures._EMOJI_PACKAGES]
     for folder in (packages[0] / "assets", packages[1] / "en", packages[2] / "img/google/64"):
         folder.mkdir(parents=True)
-    for name in ("assets/1f600.webp", "assets/00a9.webp", "assets/1f999.webp"):
+    for name in (
+        "assets/1f600.webp",
+        "assets/00a9.webp",
+        "assets/00a9-fe0f.webp",
+        "assets/1f9.webp",
+    ):
         Image.new("RGBA", (8, 8)).save(packages[0] / name)
     for name in ("1f600.png", "2764-fe0f.png"):
         Image.new("RGBA", (8, 8)).save(packages[2] / "img/google/64" / name)
