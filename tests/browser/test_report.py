@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from selenium import webdriver
 
 from tests.observed_run import CAPTIONS, write_run
 from trainer.report import ReportConfig, write_report
@@ -24,7 +25,6 @@ def open_chromium(profile: Path, *flags: str):
         reason = "needs the Debian packages chromium and chromium-driver"
         assert os.environ.get("CI") != "true", reason
         pytest.skip(reason)
-    webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (*FLAGS, *flags, f"--user-data-dir={profile}"):

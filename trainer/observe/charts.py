@@ -120,7 +120,7 @@ def _axis(
     values: Sequence[float], start_px: float, end_px: float, *, num_ticks: int, snug: bool
 ) -> _Axis:
     low, high = min(values), max(values)
-    if high - low <= 1e-9 * max(abs(high), abs(low)):  # a flat curve runs through the middle
+    if high - low <= 1e-6 * max(abs(high), abs(low)):  # a flat curve runs through the middle
         pad = abs(high) / 2 or 0.5
         low, high = low - pad, high + pad
     ticks = round_ticks(low, high, num_ticks)
