@@ -7,6 +7,7 @@ Letters: ``B`` captions, ``L`` tokens, ``D`` width of a state.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BertModel, CLIPTextModel, T5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from trainer.config import TextEncoderConfig
 from trainer.errors import BadInput
@@ -85,7 +87,8 @@ def load_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
         BadWorld: The model hub did not give it.
     """
     cls, options = _CLASSES[cfg.kind]
-    net = load_frozen(cls, locate(cfg.path, cfg.subfolder), **options)
+    with _quiet_transformers():
+        net = load_frozen(cls, locate(cfg.path, cfg.subfolder), **options)
     positions = getattr(net.config, "max_position_embeddings", cfg.max_tokens)
     if cfg.max_tokens > positions:
         raise BadInput(
@@ -94,6 +97,21 @@ def load_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
         )
     tokenizer = _load_tokenizer(locate(cfg.path, cfg.tokenizer_subfolder))
     return TextEncoder(net, tokenizer, max_tokens=cfg.max_tokens)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the bar and the table of unused weights; missing ones are an error of ours."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - transformers is untyped

@@ -1,96 +1,30 @@
-"""Tiny, randomly initialised encoders in folders, as a hub would give them."""
+"""Folders of tiny encoders, made once."""
 
 import json
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
 
-WORDS = ["a", "small", "large", "red", "blue", "circle", "square", "on", "the", "left", "right"]
-
-
-def save_tokenizer(folder, *, start, end):
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = [(token, vocabulary[token]) for token in ("<s>", "</s>")]
-    single = " ".join(part for part in (start, "$A", end) if part)
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    ).save_pretrained(folder)
+from tests import tiny_encoders
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
-    """Laid out like Stable Diffusion: text_encoder/ and tokenizer/."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    config = CLIPTextConfig(
-        vocab_size=20,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        projection_dim=16,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **sizes,
-    )
-    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-    save_tokenizer(folder / "tokenizer", start="<s>", end="</s>")
-    return folder
+    return tiny_encoders.save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("t5")
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    T5EncoderModel(config).save_pretrained(folder)
-    save_tokenizer(folder, start="", end="</s>")
-    return folder
+    return tiny_encoders.save_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="session")
 def kl_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kl")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        mid_block_add_attention=False,
-    ).save_pretrained(folder)
-    return folder
+    return tiny_encoders.save_kl(tmp_path_factory.mktemp("kl"))
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    AutoencoderTiny(
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-        latent_channels=4,
-    ).save_pretrained(folder)
-    return folder
+    return tiny_encoders.save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
