@@ -6,6 +6,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from trainer.config import TrainConfig
 from trainer.frozen import thaw
 from trainer.loop import Progress, StepFacts
@@ -28,7 +30,15 @@ class Accounts:
     ) -> None:
         """Open ledger and sinks; the joules count the whole tree of `launcher_pid`, all ranks."""
         meters = open_meters(tdp_w_per_core=cfg.logging.tdp_w_per_core, root_pid=launcher_pid)
-        self.ledger = Ledger(run / "ledger.jsonl", stage="train", meters=meters)
+        # The launcher was born for this attempt: its imports and its ranks' are `init`.
+        born = psutil.Process(launcher_pid).create_time() if launcher_pid else None
+        self.ledger = Ledger(
+            run / "ledger.jsonl",
+            stage="train",
+            attempt=attempt,
+            meters=meters,
+            started_unix_s=born,
+        )
         self._sinks = Sinks.open(
             run,
             attempt=attempt,
@@ -74,6 +84,9 @@ class Accounts:
                     "speed/images_per_s": self._speed.images_per_s,
                     "speed/data_wait_frac": self._speed.data_wait_frac,
                     "time/data_wait_s": data_wait_s,
+                    "time/left_s": self._speed.time_left_s(
+                        (self._plan.total_steps - progress.step) * self._plan.images_per_step
+                    ),
                 }
             )
 

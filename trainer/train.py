@@ -4,11 +4,13 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from trainer.command import run_command
 from trainer.config import TrainConfig
 from trainer.data.manifest import load_manifest
+from trainer.data.publish import publish_json
 from trainer.encoded import matching_encoding
 from trainer.errors import BadInput
 from trainer.plan import Plan, make_plan, rows
@@ -53,6 +55,7 @@ def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:
     if cfg.cluster.device == "cpu":
         build_cpu_op()
     attempt = new_attempt(folder)
+    publish_json(folder / "plan.json", asdict(plan))
     if not cfg.logging.quiet:
         for what, how_much in rows(cfg, plan):
             log.info("  %-16s %s", what, how_much)

@@ -1,4 +1,4 @@
-"""Build DeepSpeed's CPU communication op once, before several ranks wait for one another's build."""
+"""Build DeepSpeed's CPU communication op once, before several ranks need it."""
 
 import fcntl
 import logging
