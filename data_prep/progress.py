@@ -40,7 +40,7 @@ class RowProgress:
     def update(self, done: int, kept: int | None = None) -> None:
         """Take new totals since the start."""
         if done == 0:  # workers are starting; their seconds say nothing about the rate
-            self._started_s = time.monotonic()
+            self._started_s = self._said_s = time.monotonic()
             return
         self._done, self._kept = done, kept
         self._bar.update(self._task, completed=done, facts=self._facts())

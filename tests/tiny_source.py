@@ -13,7 +13,7 @@ FAULTY = {  # fault -> (rows that have it, the reason they must get)
     "truncated": (4, "truncated"),
     "cut": (4, "truncated"),
     "not_an_image": (4, "not_an_image"),
-    "slow": (2, "timeout"),
+    "slow": (1, "timeout"),
     "opt_out": (4, "opt_out"),
     "duplicate": (4, "duplicate"),
 }
@@ -36,7 +36,7 @@ def source_overrides(out, *more):
         f"port={free_port()}",
         "processes=1",
         f"faults.redirect_frac={NUM_REDIRECTED / NUM_PICTURES}",
-        "faults.slow_s=3",
+        "faults.slow_s=6",
         *fracs,
         *more,
     ]
@@ -57,7 +57,7 @@ def prepare_overrides(source, dataset, *more):
         "resize_mode=center_crop",
         "min_image_side_px=8",
         "download.allow_hosts=[127.0.0.1]",
-        "download.timeout_s=0.7",
+        "download.timeout_s=2",
         "processes=1",
         "threads=16",
         *more,
