@@ -172,12 +172,14 @@ def _first_stage(cfg: TrainConfig, comm: Comm) -> tuple[Objective, Source]:
     assert isinstance(cfg.objective, ReconstructionConfig)
     assert isinstance(cfg.model, AutoencoderModelConfig)
     dataset, side_px = Path(cfg.data.dataset), cfg.encoders.image_side_px
-    latent_side = side_px // 2 ** (len(cfg.model.block_channels) - 1)
     objective = ReconstructionObjective(
         seed=cfg.seed,
-        latent_shape=(cfg.model.latent_channels, latent_side, latent_side),
+        latent_channels=cfg.model.latent_channels,
+        pixels_per_latent=2 ** (len(cfg.model.block_channels) - 1),
+        absolute_weight=cfg.objective.absolute_weight,
         kl_weight=cfg.objective.kl_weight,
-        edge_weight=cfg.objective.edge_weight,
+        crop_side_px=cfg.objective.crop_side_px,
+        whole_frac=cfg.objective.whole_frac,
     )
     source = PictureSource(dataset, load_manifest(dataset), side_px=side_px, device=comm.device)
     return objective, source

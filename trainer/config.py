@@ -158,14 +158,18 @@ class VpConfig:
 
 @config
 class ReconstructionConfig:
-    """The autoencoder's objective: absolute and edge errors plus a small KL term."""
+    """The autoencoder's objective: squared and absolute error plus a small KL term."""
 
     kind: Literal["reconstruction"]
     """Selects this objective."""
+    absolute_weight: NonNegativeFloat
+    """Weight of the mean absolute error; the squared one has weight 1."""
     kl_weight: NonNegativeFloat
     """Weight of the KL divergence per latent number."""
-    edge_weight: NonNegativeFloat
-    """Weight of the error of horizontal and vertical differences; sharpens edges."""
+    crop_side_px: NonNegativeInt
+    """Most pictures are learned by a random square of this side, which costs less; 0 for none."""
+    whole_frac: Fraction
+    """Share of the pictures that are learned whole all the same."""
 
 
 ObjectiveConfig = Annotated[

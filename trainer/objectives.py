@@ -74,34 +74,63 @@ class LatentObjective:
 
 
 class ReconstructionObjective:
-    """The autoencoder's: reconstruct pictures through a draw of their latents."""
+    """The autoencoder's: reconstruct pictures, or random crops of them, through drawn latents."""
 
     def __init__(
-        self, *, seed: int, latent_shape: tuple[int, int, int], kl_weight: float, edge_weight: float
+        self,
+        *,
+        seed: int,
+        latent_channels: int,
+        pixels_per_latent: int,
+        absolute_weight: float,
+        kl_weight: float,
+        crop_side_px: int,
+        whole_frac: float,
     ) -> None:
-        """Take the weights; `latent_shape` is (C, H, W) of one latent."""
-        self._seed, self._latent_shape = seed, latent_shape
-        self._kl_weight, self._edge_weight = kl_weight, edge_weight
+        """Take the weights, and how the latents of a picture are shaped."""
+        self._seed = seed
+        self._latent_channels, self._pixels_per_latent = latent_channels, pixels_per_latent
+        self._weights = {"absolute_weight": absolute_weight, "kl_weight": kl_weight}
+        self._crop_side_px = crop_side_px
+        self._whole_frac = whole_frac if crop_side_px else 1.0
 
     def __call__(self, model: nn.Module, batch: LatentBatch | PictureBatch) -> Tensor:
-        """Return ``(B,)`` losses."""
+        """Return ``(B,)`` losses; what is cropped, and where, belongs to the sample."""
         assert isinstance(batch, PictureBatch)
-        noise_BCHW = philox.normals(
-            self._seed,
-            batch.ids_B,
-            batch.visits_B,
-            purpose=philox.LATENT,
-            shape=self._latent_shape,
+        u_B3 = philox.uniforms(
+            self._seed, batch.ids_B, batch.visits_B, purpose=philox.CROP, count=3
         )
-        decoded, mean, logvar = model(batch.pictures_BCHW, noise_BCHW)
-        return reconstruction_loss(
-            batch.pictures_BCHW,
-            decoded,
-            mean,
-            logvar,
-            kl_weight=self._kl_weight,
-            edge_weight=self._edge_weight,
-        )
+        whole_B = u_B3[:, 0] < self._whole_frac
+        loss_B = torch.empty(len(whole_B), device=batch.pictures_BCHW.device)
+        for chosen_B, side_px in (
+            (whole_B, batch.pictures_BCHW.shape[-1]),
+            (~whole_B, self._crop_side_px),
+        ):
+            if chosen_B.any():
+                pictures = crops(batch.pictures_BCHW[chosen_B], u_B3[chosen_B, 1:], side_px)
+                who = (batch.ids_B[chosen_B], batch.visits_B[chosen_B])
+                loss_B[chosen_B] = self._loss(model, pictures, *who)
+        return loss_B
+
+    def _loss(
+        self, model: nn.Module, pictures_BCHW: Tensor, ids_B: Tensor, visits_B: Tensor
+    ) -> Tensor:
+        side = pictures_BCHW.shape[-1] // self._pixels_per_latent
+        shape = (self._latent_channels, side, side)
+        noise_BCHW = philox.normals(self._seed, ids_B, visits_B, purpose=philox.LATENT, shape=shape)
+        decoded, mean, logvar = model(pictures_BCHW, noise_BCHW)
+        return reconstruction_loss(pictures_BCHW, decoded, mean, logvar, **self._weights)
+
+
+def crops(pictures_BCHW: Tensor, u_B2: Tensor, side_px: int) -> Tensor:
+    """Cut one square per picture; ``u_B2`` in (0, 1) says where, evenly over all places."""
+    num_places = pictures_BCHW.shape[-1] - side_px + 1
+    places = (u_B2 * num_places).long().clamp(max=num_places - 1).tolist()
+    squares = [
+        picture[:, top : top + side_px, left : left + side_px]
+        for picture, (top, left) in zip(pictures_BCHW, places, strict=True)
+    ]
+    return torch.stack(squares)
 
 
 def _pad_tokens(x: Tensor, num_tokens: int) -> Tensor:

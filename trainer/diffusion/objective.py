@@ -5,7 +5,6 @@ Letters: ``B`` samples, ``C`` channels, ``H W`` rows and columns.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from trainer.diffusion.process import Process, diffuse, like
@@ -46,8 +45,8 @@ def reconstruction_loss(
     mean_BCHW: Tensor,
     logvar_BCHW: Tensor,
     *,
+    absolute_weight: float,
     kl_weight: float,
-    edge_weight: float,
 ) -> Tensor:
     """Return the autoencoder's loss, per sample.
 
@@ -56,17 +55,12 @@ def reconstruction_loss(
         decoded_BCHW: Their reconstructions.
         mean_BCHW: Means of their latents.
         logvar_BCHW: Log-variances of their latents.
+        absolute_weight: Weight of the mean absolute error; the squared one has weight 1.
         kl_weight: Weight of the KL divergence per latent number.
-        edge_weight: Weight of the absolute error of neighbouring pixels' differences.
 
     Returns:
-        ``(B,)``: mean absolute error, plus the weighted edge error and KL.
+        ``(B,)``: mean squared error, plus the weighted absolute error and KL.
     """
-    error = decoded_BCHW.float() - picture_BCHW.float()
-    edges = _mean_abs(torch.diff(error, dim=2)) + _mean_abs(torch.diff(error, dim=3))
+    error = (decoded_BCHW.float() - picture_BCHW.float()).flatten(1)
     kl = kl_to_standard_normal(mean_BCHW.float(), logvar_BCHW.float())
-    return _mean_abs(error) + edge_weight * edges + kl_weight * kl
-
-
-def _mean_abs(error: Tensor) -> Tensor:
-    return error.abs().flatten(1).mean(1)
+    return error.square().mean(1) + absolute_weight * error.abs().mean(1) + kl_weight * kl

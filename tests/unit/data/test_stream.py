@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny_dataset import CHANNELS, SIDE, TEXT_WIDTH, make_dataset
+from tests.latents_without_encoders import CHANNELS, SIDE, TEXT_WIDTH, make_dataset
 from trainer.data.manifest import list_encodings, load_manifest
 from trainer.data.sources import LatentSource, PictureSource, decode_square, pad_texts
 from trainer.data.stream import micro_batches

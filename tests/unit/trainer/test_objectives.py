@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny_dataset import CHANNELS, TEXT_WIDTH, make_dataset
+from tests.latents_without_encoders import CHANNELS, TEXT_WIDTH, make_dataset
 from trainer.data.manifest import list_encodings
-from trainer.data.sources import LatentSource
+from trainer.data.sources import LatentSource, PictureBatch
 from trainer.diffusion.process import RectifiedFlow
-from trainer.objectives import LatentObjective
+from trainer.objectives import LatentObjective, ReconstructionObjective, crops
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +61,45 @@ def test_dropped_captions_become_the_empty_one_with_its_own_length(source, dropo
     assert dropped_B.float().mean() == pytest.approx(share, abs=0.05)
     assert (mask_BL[dropped_B].sum(1) == 2).all()
     assert (text_BLD[dropped_B, 2:] == 0).all()
+
+
+def test_crops_lie_inside_and_reach_every_corner():
+    picture = torch.arange(64.0).view(1, 1, 8, 8).expand(1000, 3, 8, 8)
+    squares = crops(picture, torch.rand(1000, 2), 5)
+    assert squares.shape == (1000, 3, 5, 5)
+    assert set(squares[:, 0, 0, 0].int().tolist()) == {
+        8 * top + left for top in range(4) for left in range(4)
+    }
+    assert torch.equal(
+        crops(picture[:1], torch.tensor([[0.9999999, 0.9999999]]), 5)[0, 0], picture[0, 0, 3:, 3:]
+    )
+
+
+@pytest.mark.parametrize("whole_frac", [0.0, 0.4, 1.0])
+def test_an_autoencoder_learns_each_picture_whole_or_by_a_crop_of_its_own(whole_frac):
+    sides = []
+
+    class Echo(torch.nn.Module):
+        def forward(self, pictures, noise):
+            sides.extend([pictures.shape[-1]] * len(pictures))
+            assert noise.shape == (
+                len(pictures),
+                4,
+                pictures.shape[-1] // 4,
+                pictures.shape[-1] // 4,
+            )
+            return pictures + 1, noise * 0, noise * 0
+
+    objective = ReconstructionObjective(
+        seed=0,
+        latent_channels=4,
+        pixels_per_latent=4,
+        absolute_weight=0.0,
+        kl_weight=1.0,
+        crop_side_px=8,
+        whole_frac=whole_frac,
+    )
+    batch = PictureBatch(torch.arange(200), torch.zeros(200).long(), torch.rand(200, 3, 16, 16))
+    torch.testing.assert_close(objective(Echo(), batch), torch.ones(200))
+    assert len(sides) == 200
+    assert sides.count(16) / 200 == pytest.approx(whole_frac, abs=0.1)
