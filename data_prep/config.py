@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.config import EncodersConfig
 from trainer.frozen import config
@@ -82,6 +82,8 @@ class PrepareConfig:
     """Simultaneous downloads per worker process."""
     recheck: Literal["sizes", "hashes"]
     """How finished shards are judged when the command is given again; hashes reads them all."""
+    tdp_w_per_core: NonNegativeFloat
+    """Watts of one busy CPU core for the energy model, used only where no counter exists."""
 
     def __post_init__(self) -> None:
         low, high = (0, 9) if self.encode_format == "png" else (1, 100)

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,8 +41,7 @@ from trainer.errors import BadInput
 from trainer.models.autoencoders import load_autoencoder
 from trainer.models.fingerprint import Identity, identify
 from trainer.models.text_encoders import load_text_encoder
-from trainer.observe.energy import open_meters
-from trainer.observe.ledger import Ledger
+from trainer.observe.ledger import accounted
 
 NULL_TEXT = "null_text.npy"
 
@@ -94,7 +92,7 @@ def run(cfg: EncodeConfig) -> int:
         finished.unlink(missing_ok=True)  # without it the encoding is unfinished
         for number in work.leftovers:
             _retract(work.folder, number)
-        with _account(cfg):
+        with accounted(cfg.dataset, stage="encode", tdp_w_per_core=cfg.tdp_w_per_core):
             images_per_s = _run_todo(cfg, work)
         encoding = make_encoding(work)
         save_encoding(cfg.dataset, encoding)
@@ -198,15 +196,6 @@ def _retract(folder: Path, number: str) -> None:
     record_path(folder, number).unlink(missing_ok=True)
     (folder / f"{number}.tar").unlink(missing_ok=True)
     (folder / "index" / f"{number}.parquet").unlink(missing_ok=True)
-
-
-@contextmanager
-def _account(cfg: EncodeConfig) -> Iterator[None]:
-    """Count the seconds and joules into the dataset's ledger."""
-    meters = open_meters(tdp_w_per_core=cfg.tdp_w_per_core)
-    with Ledger(cfg.dataset / "ledger.jsonl", stage="encode", meters=meters) as ledger:
-        ledger.switch("productive")
-        yield
 
 
 def _print_encoding(encoding: Encoding) -> None:

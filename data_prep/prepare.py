@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +33,10 @@ from trainer.command import run_command
 from trainer.data.manifest import MANIFEST, Manifest, save_manifest
 from trainer.errors import BadInput, BadWorld
 from trainer.frozen import thaw
+from trainer.observe.ledger import accounted
 
 # What shapes the stored bytes or decides about rows; the rest may change between two runs.
-_NO_RULES = ("rows", "dataset", "processes", "threads", "recheck")
+_NO_RULES = ("rows", "dataset", "processes", "threads", "recheck", "tdp_w_per_core")
 _NO_DOWNLOAD_RULES = ("accept_unreachable", "user_agent")
 
 
@@ -74,7 +74,7 @@ def run(cfg: PrepareConfig) -> int:
         if todo:
             if work.records:
                 say(f"{finished(work)}; going on.")
-            with ledger_row(cfg.dataset):
+            with accounted(cfg.dataset, stage="prepare", tdp_w_per_core=cfg.tdp_w_per_core):
                 _run_todo(cfg, work)
             shutil.rmtree(cfg.dataset / WORK, ignore_errors=True)
         manifest = make_manifest(cfg, work)
@@ -208,30 +208,6 @@ def locked(dataset: Path) -> Iterator[None]:
                 f"another `kiln prepare` is at work in {dataset}: wait for it."
             ) from error
         yield
-
-
-@contextmanager
-def ledger_row(dataset: Path) -> Iterator[None]:
-    """Append how long this run took to `DATASET/ledger.jsonl`, also if it ends early."""
-    path = dataset / "ledger.jsonl"
-    attempt = len(path.read_text().splitlines()) if path.exists() else 0
-    start_unix_s, started_s = time.time(), time.perf_counter()
-    try:
-        yield
-    finally:
-        row = {
-            "attempt": attempt,
-            "rank": 0,
-            "bucket": "productive",
-            "start_unix_s": start_unix_s,
-            "seconds": time.perf_counter() - started_s,
-            "joules": 0.0,
-            "provenance": "none",
-            "step": 0,
-            "stage": "prepare",
-        }
-        with suppress(OSError), path.open("a") as file:  # a full disk is reported elsewhere
-            file.write(json.dumps(row) + "\n")
 
 
 def print_yield(manifest: Manifest) -> None:

@@ -48,7 +48,7 @@ def steps(cfg: DemoConfig) -> Iterator[Step]:
             "encode_format=png",
             # The demo's own server; loopback addresses are refused otherwise.
             "download.allow_hosts=[127.0.0.1]",
-            "download.timeout_s=5",
+            "download.timeout_s=2",
         ),
         60,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer.observe.energy import Meter, Provenance, read_by_provenance
+from trainer.observe.energy import Meter, Provenance, open_meters, read_by_provenance
 from trainer.observe.jsonl import JsonLines, read_rows
 
 log = logging.getLogger(__name__)
@@ -244,3 +244,25 @@ def _killed_row(rows: Sequence[dict[str, Any]], *, before_unix_s: float) -> dict
         "provenance": "none",
         "closed": True,
     }
+
+
+@contextmanager
+def accounted(folder: Path, *, stage: str, tdp_w_per_core: float) -> Iterator[None]:
+    """Count the seconds and joules of a command without steps into `folder/ledger.jsonl`.
+
+    Args:
+        folder: A dataset.
+        stage: prepare, encode, ...
+        tdp_w_per_core: For the model where there is no energy counter.
+    """
+    meters = open_meters(tdp_w_per_core=tdp_w_per_core)
+    ledger = Ledger(folder / "ledger.jsonl", stage=stage, meters=meters)
+    ledger.switch("productive")
+    try:
+        yield
+    finally:
+        try:
+            ledger.close()
+        except OSError as error:
+            # A full disk has its own message; the account must not hide it.
+            log.warning("%s: this command is not in the account (%s)", folder, error)

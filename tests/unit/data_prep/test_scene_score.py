@@ -13,7 +13,7 @@ CAPTIONS = [caption(scene) for scene in SCENES]
 PICTURES = [
     np.asarray(paint(scene, 64, 64, jitter_seed=index)) for index, scene in enumerate(SCENES)
 ]
-RIGHT = {name: 1.0 for name in ("shape_and_colour", "background", "size", "place", "relation")}
+RIGHT = dict.fromkeys(("shape_and_colour", "background", "size", "place", "relation"), 1.0)
 
 
 def test_every_painted_picture_is_right():

@@ -1,0 +1,114 @@
+"""A run directory with a checkpoint, made without training: the weights are given."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data_prep import encode
+from data_prep.config import EncodeConfig
+from tests import tiny_encoders
+from tests.tiny import tiny_config
+from trainer.config import EncodersConfig
+from trainer.data.manifest import list_encodings, load_manifest
+from trainer.frozen import freeze, write_yaml
+from trainer.observe.jsonl import JsonLines
+from trainer.runtime.checkpoint import TrainState, save
+from trainer.runtime.fragments import MOMENTS, Fragment
+
+SIDE_PX = 32
+
+
+class OneRank:
+    """What `save` asks of the other ranks, when there are none."""
+
+    rank, world = 0, 1
+
+    def sum(self, values):
+        return list(values)
+
+    def barrier(self):
+        pass
+
+
+class WholeTensors:
+    """Fragments and averages of a model that one rank holds whole."""
+
+    adam_steps = 1
+
+    def __init__(self, weights):
+        self._weights = {name: value.detach().float().flatten() for name, value in weights.items()}
+
+    def __iter__(self):
+        for name, flat in self._weights.items():
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            yield Fragment(name, 0, flat.numel(), torch.zeros_like(flat), moments)
+
+    def tensors(self):
+        """The averages; only these are the given weights, the live ones are zero."""
+        return list(self._weights.values())
+
+
+def tiny_encoder_config(folder):
+    """Save tiny encoders into a folder and return their section of the config."""
+    kl, t5 = (tiny_encoders.save_kl(folder / "kl"), tiny_encoders.save_t5(folder / "t5"))
+    data = {
+        "autoencoder": {"kind": "kl", "path": str(kl)},
+        "text": {
+            "kind": "t5",
+            "path": str(t5),
+            "subfolder": "",
+            "tokenizer_subfolder": "",
+            "max_tokens": 32,
+        },
+        "image_side_px": SIDE_PX,
+    }
+    return freeze(EncodersConfig, data)
+
+
+def encode_dataset(dataset, encoders):
+    cfg = EncodeConfig(
+        dataset=dataset,
+        encoders=encoders,
+        batch_images=8,
+        threads=1,
+        device="cpu",
+        recheck="sizes",
+        tdp_w_per_core=7.0,
+    )
+    assert encode.run(cfg) == 0
+
+
+def denoiser_config(run, dataset, encoders, **changes):
+    cfg = tiny_config(
+        run=str(run),
+        data__dataset=str(dataset),
+        model__latent_side=SIDE_PX // 2,
+        model__patch_side=4,
+        **changes,
+    )
+    return replace(cfg, encoders=encoders)
+
+
+def save_run(cfg, run, model):
+    """Write config, metrics and one checkpoint whose averages are the model's weights."""
+    run.mkdir(parents=True)
+    write_yaml(cfg, run / "config.yaml")
+    weights = dict(model.named_parameters())
+    dataset = Path(cfg.data.dataset)
+    manifest = load_manifest(dataset)
+    encodings = [] if cfg.model.kind == "autoencoder_kl" else list_encodings(dataset)
+    state = TrainState(
+        step=8,
+        images_seen=64,
+        seed=cfg.seed,
+        dataset_fingerprint=manifest.fingerprint,
+        encoding_fingerprint=encodings[0].fingerprint if encodings else "",
+    )
+    fragments = WholeTensors(weights)
+    shapes = {name: list(value.shape) for name, value in weights.items()}
+    save(run / "checkpoints", state, fragments, fragments, OneRank(), shapes=shapes, keep_last=1)
+    rows = JsonLines(run / "metrics.jsonl")
+    rows.append([{"step": n, "images_seen": 8 * n, "train/loss": 1 / n} for n in range(1, 9)])
+    rows.close()
+    return run
