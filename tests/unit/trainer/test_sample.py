@@ -1,6 +1,7 @@
 """Laws of sampling from a run."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +15,10 @@ from tests.tiny_run import denoiser_config, save_run
 from trainer import sample as command
 from trainer.config import AutoencoderModelConfig, TrainConfig
 from trainer.config_tools import SampleConfig
+from trainer.data.manifest import load_manifest
 from trainer.errors import BadInput
 from trainer.frozen import compose, freeze, read_yaml, thaw, write_yaml
-from trainer.gallery import dataset_pictures
+from trainer.gallery import GAP_PX, TILE_PX, dataset_pictures
 from trainer.models.denoisers import build_denoiser
 from trainer.sampler import load_sampler
 
@@ -26,6 +28,11 @@ CAPTIONS = ["a small red circle on the left", "a large blue ring at the top", "a
 def config(run, *words):
     few = ["sampling.num_steps=2", "sampling.solver=ddim", "threads=1", "num_reconstructions=3"]
     return compose(SampleConfig, "sample", [f"run={run}", *few, *words])
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
 
 
 def load(run):
@@ -106,9 +113,9 @@ def test_the_command_leaves_pictures_a_grid_and_an_index(tiny_run):
     names = [entry["picture"] for entry in index["samples"]]
     names += [e[kind] for e in index["reconstructions"] for kind in ("real", "reconstructed")]
     for name in names:
-        assert Image.open(folder / name).size == (32, 32)
-    grid = np.asarray(Image.open(folder / "grid.png"))
-    assert (grid[-20:] < 128).any()  # the captions below
+        assert pixels(folder / name).shape == (32, 32, 3)
+    label = pixels(folder / "grid.png")[GAP_PX + TILE_PX :]
+    assert (label < 128).any()
     rows = (tiny_run / "ledger.jsonl").read_text()
     assert '"stage": "sample"' in rows or '"stage":"sample"' in rows
 
@@ -143,13 +150,11 @@ def test_an_interval_without_times_is_refused(tiny_run):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="is this|is .* a run directory"):
+    with pytest.raises(BadInput, match="a run directory"):
         load(tmp_path)
 
 
 def test_a_run_without_a_checkpoint_is_refused(tiny_run):
-    import shutil
-
     shutil.rmtree(tiny_run / "checkpoints")
     with pytest.raises(BadInput, match="no complete checkpoint"):
         load(tiny_run)
@@ -205,8 +210,6 @@ def test_a_missing_gpu_is_said(tiny_run):
 
 def test_a_dataset_shows_no_more_than_it_has(tmp_path):
     dataset = publish(tmp_path, [[sample(0), sample(1)]])
-    from trainer.data.manifest import load_manifest
-
     found = dataset_pictures(dataset, load_manifest(dataset), 5, side_px=8)
     assert len(found) == 2
     assert found[0][1].shape == (8, 8, 3)

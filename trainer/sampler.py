@@ -1,0 +1,190 @@
+"""Draw pictures with a run's weights: noise that belongs to each caption, guidance, decoding.
+
+Letters: ``B`` samples, ``C`` latent channels, ``H W`` rows and columns, ``L`` text tokens, ``D``
+width of a text state.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trainer.build import build_process
+from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
+from trainer.config_tools import SamplingConfig
+from trainer.data.manifest import encoding_folder, load_manifest
+from trainer.data.sources import pad_texts
+from trainer.diffusion import philox
+from trainer.diffusion.guidance import classifier_free
+from trainer.diffusion.process import Process
+from trainer.diffusion.solvers import SOLVERS, Denoise, times
+from trainer.encoded import matching_encoding
+from trainer.errors import BadInput
+from trainer.frozen import read_yaml
+from trainer.models.autoencoders import Autoencoder, load_autoencoder
+from trainer.models.denoisers import build_denoiser
+from trainer.models.loading import load_weights
+from trainer.models.text_encoders import TextEncoder, load_text_encoder
+from trainer.runtime.checkpoint import TrainState, read_ema
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Everything between captions and pictures."""
+
+    cfg: TrainConfig
+    state: TrainState
+    """Where the training of the weights stood."""
+    model: nn.Module
+    process: Process
+    autoencoder: Autoencoder
+    text: TextEncoder
+    null_text_LD: Tensor
+    """States of the empty caption."""
+    latent_mean_C: Tensor
+    latent_std_C: Tensor
+    latent_shape: tuple[int, int, int]
+    device: torch.device
+
+    def sample(
+        self,
+        captions: Sequence[str],
+        sampling: SamplingConfig,
+        *,
+        on_steps: Callable[[int], None] = lambda _: None,
+    ) -> Pixels:
+        """Draw one picture per caption.
+
+        The first noise is keyed by (seed, the caption's number), so neither the batch size nor
+        the other captions change a picture by more than rounding.
+
+        Args:
+            captions: At least one.
+            sampling: How.
+            on_steps: Told how many more picture-steps are done; there are
+                ``len(captions) * num_steps``.
+
+        Returns:
+            ``(N, H, W, 3)`` uint8 RGB.
+        """
+        texts = [state_LD.to(self.device) for state_LD in self.text.encode(captions)]
+        pictures = []
+        for first in range(0, len(captions), sampling.batch_images):
+            chosen = range(first, min(first + sampling.batch_images, len(captions)))
+            latents_BCHW = self._draw([texts[i] for i in chosen], chosen, sampling, on_steps)
+            pictures.append(self.decode(latents_BCHW))
+        return np.concatenate(pictures)
+
+    def decode(self, normalised_BCHW: Tensor) -> Pixels:
+        """Turn normalised latents into ``(B, H, W, 3)`` uint8 RGB."""
+        scale, shift = self.latent_std_C[:, None, None], self.latent_mean_C[:, None, None]
+        return to_pixels(self.autoencoder.decode(normalised_BCHW * scale + shift))
+
+    def reconstruct(self, pictures: Pixels) -> Pixels:
+        """Pass ``(N, H, W, 3)`` uint8 pictures through the autoencoder and back."""
+        size = 32
+        tensor = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+        decoded = []
+        for batch in torch.split(tensor, size):
+            mean, _ = self.autoencoder.moments(batch.to(self.device).float() / 127.5 - 1.0)
+            decoded.append(to_pixels(self.autoencoder.decode(mean)))
+        return np.concatenate(decoded)
+
+    def untrained(self) -> "Sampler":
+        """Return a sampler with the network as it was before training."""
+        assert not isinstance(self.cfg.model, AutoencoderModelConfig)
+        fresh = build_denoiser(self.cfg.model, seed=self.cfg.seed)
+        return replace(self, model=fresh.to(self.device).eval())
+
+    @torch.inference_mode()
+    def _draw(
+        self,
+        texts: list[Tensor],
+        numbers: Sequence[int],
+        sampling: SamplingConfig,
+        on_steps: Callable[[int], None],
+    ) -> Tensor:
+        """Return normalised latents."""
+        ids_B = torch.tensor(list(numbers), device=self.device)
+        x_BCHW = philox.normals(
+            sampling.seed,
+            ids_B,
+            torch.zeros_like(ids_B),
+            purpose=philox.NOISE,
+            shape=self.latent_shape,
+        )
+        denoise = classifier_free(
+            self._denoise(*pad_texts(texts)),
+            self._denoise(*pad_texts([self.null_text_LD] * len(texts))),
+            scale=sampling.guidance_scale,
+            rescale_frac=sampling.guidance_rescale_frac,
+            interval=sampling.guidance_interval,
+        )
+        t = times(sampling.num_steps, shift=sampling.time_shift)
+        for latents in SOLVERS[sampling.solver](self.process, denoise, x_BCHW, t):
+            x_BCHW = latents
+            on_steps(len(texts))
+        return x_BCHW
+
+    def _denoise(self, text_BLD: Tensor, mask_BL: Tensor) -> Denoise:
+        text_BLD, mask_BL = text_BLD.to(self.device), mask_BL.to(self.device)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            time_B = self.process.network_time(t).to(x).expand(len(x))
+            prediction = self.model(x, time_B, text_BLD, mask_BL)
+            return self.process.data(prediction, x, t)
+
+        return denoise
+
+
+def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
+    """Load a run's averaged weights and the encoders of its latents.
+
+    Raises:
+        BadInput: No such run, no checkpoint, an autoencoder's run, or a dataset whose latents
+            other encoders made.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device=cuda, but torch finds no GPU here. Try device=cpu.")
+    torch.set_num_threads(threads)
+    cfg = read_yaml(TrainConfig, run / "config.yaml")
+    if isinstance(cfg.model, AutoencoderModelConfig):
+        raise BadInput(
+            f"{run} trains an autoencoder, which draws nothing from captions. Give the run of a "
+            f"denoiser, or write this one's weights: kiln export run={run} to=DIR"
+        )
+    assert not isinstance(cfg.objective, ReconstructionConfig)
+    dataset = Path(cfg.data.dataset)
+    encoding = matching_encoding(cfg, load_manifest(dataset))
+    weights, state = read_ema(run)
+    model = build_denoiser(cfg.model)
+    load_weights(model, weights, source=str(run))
+    place = torch.device(device)
+    null_text = encoding_folder(dataset, encoding.fingerprint) / "null_text.npy"
+    channels, height, width = encoding.facts["latent_shape"]
+    return Sampler(
+        cfg=cfg,
+        state=state,
+        model=model.to(place).eval(),
+        process=build_process(cfg.objective),
+        autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(place),
+        text=load_text_encoder(cfg.encoders.text).to(place),
+        null_text_LD=torch.from_numpy(np.load(null_text, allow_pickle=False)).float(),
+        latent_mean_C=torch.tensor(encoding.facts["latent_mean"], device=place),
+        latent_std_C=torch.tensor(encoding.facts["latent_std"], device=place),
+        latent_shape=(channels, height, width),
+        device=place,
+    )
+
+
+def to_pixels(pictures_BCHW: Tensor) -> Pixels:
+    """Turn pictures in [-1, 1] into ``(B, H, W, 3)`` uint8."""
+    levels = ((pictures_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels: Pixels = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return pixels
