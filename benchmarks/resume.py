@@ -1,0 +1,107 @@
+"""How long does it take to know the next batch in the middle of an epoch of N samples?"""
+
+import random
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from webdataset.filters import detshuffle
+
+from benchmarks.harness import Case, claim_at_least, claim_at_most, measure, write_result
+from benchmarks.harness import seconds as timed
+from trainer.data.order import samples_at
+
+BATCH = 2048
+SIZES = (10_000, 1_000_000, 10_000_000)
+LAION_5B = 5_526_641_167
+SKIP_LIMIT = 1_000_000
+"""Beyond this many samples a pipeline that must read and drop takes minutes; not measured."""
+
+
+def kiln(num_samples: int) -> None:
+    """Compute the batch's positions."""
+    first = num_samples // 2
+    samples_at(np.arange(first, first + BATCH), num_samples=num_samples, seed=0)
+
+
+def permutation(num_samples: int) -> None:
+    """Permute all indices in memory and cut the batch out: map-style datasets and samplers."""
+    order = np.random.default_rng(0).permutation(num_samples)
+    order[num_samples // 2 : num_samples // 2 + BATCH].copy()
+
+
+def webdataset_skip(num_samples: int) -> None:
+    """Run webdataset's deterministic shuffle and drop what was seen, without reading any data."""
+    random.seed(0)
+    shuffled = detshuffle(bufsize=1000, seed=0).run(iter(range(num_samples)))
+    for number, _ in enumerate(shuffled):
+        if number == min(num_samples // 2 + BATCH, num_samples) - 1:
+            return
+
+
+def peak_mib(action: Callable[[], None]) -> float:
+    """Peak memory that Python and numpy allocate during an action, in MiB."""
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def main() -> None:
+    """Measure and write the result."""
+    systems = {
+        "kiln": (kiln, (*SIZES, LAION_5B), ("numpy",)),
+        "permutation in memory": (permutation, SIZES, ("numpy",)),
+        "webdataset detshuffle, skipping": (webdataset_skip, (10_000, SKIP_LIMIT), ("webdataset",)),
+    }
+    cases = []
+    for size in (*SIZES, LAION_5B):
+        for name, (function, sizes, packages) in systems.items():
+            if size in sizes:
+                case = partial(Case, case=f"N = {size:,}", system=name, packages=packages)
+                action = partial(function, size)
+                cases.append(case(metric="time", unit="s", run=timed(action)))
+                if name.startswith(("kiln", "perm")):
+                    memory = partial(peak_mib, action)
+                    cases.append(case(metric="peak memory", unit="MiB", run=memory))
+    rows = measure(cases, repetitions=5)
+    value = {(row.case, row.system, row.metric): row.median for row in rows}
+    big, small = f"N = {LAION_5B:,}", f"N = {SIZES[0]:,}"
+    ten_million = f"N = {SIZES[-1]:,}"
+    million = f"N = {SKIP_LIMIT:,}"
+    skip = value[million, "webdataset detshuffle, skipping", "time"]
+    write_result(
+        "resume",
+        question=str(__doc__),
+        rows=rows,
+        claims=[
+            claim_at_most(
+                "Kiln knows the next batch of 5.5 billion samples within 1 s",
+                measured=value[big, "kiln", "time"],
+                target=1.0,
+            ),
+            claim_at_most(
+                "and needs no more memory for it than for ten thousand, but for 1 MiB",
+                measured=value[big, "kiln", "peak memory"] - value[small, "kiln", "peak memory"],
+                target=1.0,
+            ),
+            claim_at_least(
+                "At ten million samples a permutation in memory takes at least 10x the time",
+                measured=value[ten_million, "permutation in memory", "time"]
+                / value[ten_million, "kiln", "time"],
+                target=10.0,
+            ),
+            claim_at_least(
+                "At a million samples skipping through webdataset's shuffle takes 100x the time",
+                measured=skip / value[million, "kiln", "time"],
+                target=100.0,
+            ),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
