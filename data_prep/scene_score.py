@@ -38,10 +38,11 @@ TEMPLATE_PX = 32
 GROUND_REACH = 70.0  # RGB distance within which a colour may still be called by its name
 THING_REACH = 90.0
 DIFFERS = 42.0  # RGB distance from the ground that makes a pixel part of a thing
+SOFT_PX = 0.8  # blur of the soft templates, that of an autoencoder
 CALM_FRAC = 0.7  # share of the border that must have the ground colour
 MIN_AREA_PX = 24
 LOOSE_AREA_FRAC = 0.25  # a part smaller than this share of the largest is a crumb
-MIN_MATCH = 0.72  # intersection over union with the best template
+MIN_MATCH = 0.68  # intersection over union with the best template
 PLACE_REACH_FRAC = 0.13
 
 
@@ -188,7 +189,8 @@ def _spot(pixels: Floats, ground: Floats, part: NDArray[np.bool_], row: NDArray[
     inside = pixels[core if core.sum() >= MIN_AREA_PX // 3 else part]
     colour = np.median(inside, axis=0)
     name = _nearest(colour, THING_COLOURS, THING_REACH)
-    shape = _shape(pixels, ground, colour, part)
+    radius_px = round(max(width, height) / 2)
+    shape = _shape(pixels, ground, colour, part, radius_px)
     return Spot(
         Thing(shape, name) if shape and name else None,
         (x + width / 2) / SIDE_PX - 0.5,
@@ -197,8 +199,10 @@ def _spot(pixels: Floats, ground: Floats, part: NDArray[np.bool_], row: NDArray[
     )
 
 
-def _shape(pixels: Floats, ground: Floats, colour: Floats, part: NDArray[np.bool_]) -> str | None:
-    """The template that covers the part best, or None where none covers it well.
+def _shape(
+    pixels: Floats, ground: Floats, colour: Floats, part: NDArray[np.bool_], radius_px: int
+) -> str | None:
+    """The shape that covers the part best, or None where none covers it well.
 
     How much of the thing a pixel holds is its position between the two colours, so that soft
     edges count for what they are.
@@ -207,9 +211,9 @@ def _shape(pixels: Floats, ground: Floats, colour: Floats, part: NDArray[np.bool
     cover = np.clip((pixels - ground) @ axis / float(axis @ axis), 0, 1)
     cover *= cv2.dilate(part.astype(np.uint8), np.ones((3, 3), np.uint8))
     mask = _normal(cover.astype(np.float32))
-    matches = {name: _overlap(mask, template) for name, template in _templates().items()}
-    best = max(matches, key=lambda name: matches[name])
-    return best if matches[best] >= MIN_MATCH else None
+    matches = [(_overlap(mask, template), name) for name, template in _templates(radius_px)]
+    best, name = max(matches)
+    return name if best >= MIN_MATCH else None
 
 
 def _overlap(a: Floats, b: Floats) -> float:
@@ -235,14 +239,16 @@ def _normal(cover: Floats) -> Floats:
 
 
 @functools.cache
-def _templates() -> dict[str, Floats]:
-    found = {}
+def _templates(radius_px: int) -> list[tuple[str, Floats]]:
+    """Every shape painted at a radius, sharp and as soft as an autoencoder leaves it."""
+    found = []
     for shape in SHAPES:
-        # Painted at a typical size first, so that a template has the soft edges of a picture.
         canvas = Image.new("L", (SIDE_PX * 8, SIDE_PX * 8), 0)
         middle = SIDE_PX * 4
-        draw_shape(ImageDraw.Draw(canvas), shape, (middle, middle), 0.18 * SIDE_PX * 8, 255, 0)
-        found[shape] = _normal(np.asarray(canvas.reduce(8), np.float32) / np.float32(255))
+        draw_shape(ImageDraw.Draw(canvas), shape, (middle, middle), radius_px * 8, 255, 0)
+        sharp = np.asarray(canvas.reduce(8), np.float32) / np.float32(255)
+        soft = np.asarray(cv2.GaussianBlur(sharp, (0, 0), SOFT_PX), np.float32)
+        found += [(shape, _normal(sharp)), (shape, _normal(soft))]
     return found
 
 

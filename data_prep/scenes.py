@@ -38,8 +38,8 @@ COLOURS: dict[str, Colour] = {
 THING_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
 BACKGROUNDS = ("white", "grey", "black", "yellow", "blue")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.135, "large": 0.235}  # radius as a fraction of the shorter side
-PAIR_RADIUS_FRAC = 0.165
+SIZES = {"small": 0.15, "large": 0.235}  # radius as a fraction of the shorter side
+PAIR_RADIUS_FRAC = 0.175
 PLACES: dict[
     str, tuple[str, tuple[float, float]]
 ] = {  # phrase; centre from the middle of the picture
@@ -333,14 +333,14 @@ def draw_shape(
 
 
 def _star() -> list[tuple[float, float]]:
-    spokes = [(1.12 if i % 2 == 0 else 0.46, math.pi * (i / 5 - 0.5)) for i in range(10)]
+    spokes = [(1.15 if i % 2 == 0 else 0.5, math.pi * (i / 5 - 0.5)) for i in range(10)]
     return [(r * math.cos(angle), r * math.sin(angle) + 0.06) for r, angle in spokes]
 
 
 _ARM = 0.34
 _QUARTER = [(-_ARM, -1.0), (_ARM, -1.0), (_ARM, -_ARM)]
 _OUTLINES: dict[str, list[tuple[float, float]]] = {
-    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0.0, -1.0), (1.06, 0.84), (-1.06, 0.84)],
     "star": _star(),
     "cross": [
