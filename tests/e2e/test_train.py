@@ -136,11 +136,11 @@ def test_a_finished_run_has_nothing_to_do(encoded, whole):
 
 
 def test_two_trainers_of_one_run_are_refused(encoded, tmp_path):
-    run = tmp_path / "run"
-    process = start(*words(encoded, run))
+    long = words(encoded, tmp_path / "run", total_images=100_000)
+    process = start(*long)
     try:
-        wait_for_step(run, 1, process)
-        assert "is being trained by process" in kiln("train", *words(encoded, run), code=2)
+        wait_for_step(tmp_path / "run", 1, process)
+        assert "is being trained by process" in kiln("train", *long, code=2)
     finally:
         process.terminate()
         process.communicate(timeout=60)
