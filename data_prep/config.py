@@ -176,7 +176,7 @@ class EncodeConfig:
     batch_images: PositiveInt
     """Pictures per pass through the autoencoder; another number may change the last bit."""
     threads: PositiveInt
-    """CPU threads; equal numbers give equal bytes."""
+    """Batches at the same time, one core each; the number changes no byte."""
     device: Literal["cpu", "cuda"]
     """Where the models run."""
     recheck: Literal["sizes", "hashes"]

@@ -78,7 +78,6 @@ def run(cfg: EncodeConfig) -> int:
     """Publish what is missing of the encoding; print what is there."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("device=cuda, but torch finds no GPU here. Try device=cpu.")
-    torch.set_num_threads(cfg.threads)
     manifest = load_manifest(cfg.dataset)
     with locked(cfg.dataset):
         work = survey(cfg, manifest)
@@ -157,6 +156,7 @@ def _run_todo(cfg: EncodeConfig, work: Work) -> float:
         image_side_px=cfg.encoders.image_side_px,
         batch_images=cfg.batch_images,
         device=device,
+        threads=cfg.threads,
     )
     (null_text_LD,) = encoders.text.encode([""])
     publish_bytes(work.folder / NULL_TEXT, to_npy(null_text_LD.numpy().astype(np.float16)))

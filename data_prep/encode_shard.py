@@ -1,7 +1,7 @@
 """Encode the pictures and captions of one shard into its sidecar tar."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +18,7 @@ from trainer.data.shards import Sample, Shard, read_index, write_shard
 from trainer.data.sources import decode_square
 from trainer.errors import BadInput
 from trainer.models.autoencoders import Autoencoder
+from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder
 
 # Shape suffixes: B pictures, C latent channels, H W rows and columns, L text tokens, D text width.
@@ -36,6 +37,8 @@ class Encoders:
     image_side_px: int
     batch_images: int
     device: torch.device
+    threads: int
+    """Batches at the same time, one core each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,19 +159,17 @@ def _samples(
     shard: Shard, encoders: Encoders, tally: _Tally, on_images: Callable[[int], None]
 ) -> Iterator[Sample]:
     size = encoders.batch_images
-    with ThreadPoolExecutor(1, thread_name_prefix="decode") as decoder:
+
+    def moments_of(rows: Sequence[int]) -> NDArray[np.float16]:
+        pictures_BCHW = _pictures(shard, rows, encoders.image_side_px)
+        return _moments(pictures_BCHW, [shard.keys[row] for row in rows], encoders)
+
+    with one_core_workers(encoders.threads) as workers:
         for first in range(0, len(shard.keys), WINDOW_IMAGES):
             window = range(first, min(first + WINDOW_IMAGES, len(shard.keys)))
             batches = [window[at : at + size] for at in range(0, len(window), size)]
-            ahead = decoder.submit(_pictures, shard, batches[0], encoders.image_side_px)
-            texts = _texts(shard, window, encoders.text)
-            for number, rows in enumerate(batches):
-                pictures_BCHW = ahead.result()
-                if number + 1 < len(batches):
-                    ahead = decoder.submit(
-                        _pictures, shard, batches[number + 1], encoders.image_side_px
-                    )
-                moments_B2CHW = _moments(pictures_BCHW, [shard.keys[r] for r in rows], encoders)
+            texts = _texts(shard, window, encoders.text, workers)
+            for rows, moments_B2CHW in zip(batches, workers.map(moments_of, batches), strict=True):
                 tally.add(moments_B2CHW)
                 for row, moments in zip(rows, moments_B2CHW, strict=True):
                     members = {"latent.npy": to_npy(moments), "text.npy": texts[row]}
@@ -176,12 +177,14 @@ def _samples(
                 on_images(len(rows))
 
 
-def _texts(shard: Shard, rows: Sequence[int], text: TextEncoder) -> dict[int, bytes]:
+def _texts(
+    shard: Shard, rows: Sequence[int], text: TextEncoder, workers: Executor
+) -> dict[int, bytes]:
     """Return row -> `text.npy`."""
     captions = {row: shard.read(row, "txt").decode() for row in rows}
     states = {
         caption: to_npy(state_LD.numpy().astype(np.float16))
-        for caption, state_LD in text.encode_each(list(captions.values()))
+        for caption, state_LD in text.encode_each(list(captions.values()), workers)
     }
     return {row: states[caption] for row, caption in captions.items()}
 

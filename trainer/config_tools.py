@@ -56,7 +56,7 @@ class SampleConfig:
     device: Literal["cpu", "cuda"]
     """Where the networks run."""
     threads: PositiveInt
-    """CPU threads."""
+    """Batches at the same time, one core each."""
 
 
 @config
@@ -76,7 +76,7 @@ class EvaluateConfig:
     device: Literal["cpu", "cuda"]
     """Where the networks run."""
     threads: PositiveInt
-    """CPU threads."""
+    """Batches at the same time, one core each."""
 
 
 @config

@@ -1,5 +1,6 @@
 """Show how far a command's work is: a bar on a terminal, a line every few seconds elsewhere."""
 
+import threading
 import time
 from types import TracebackType
 
@@ -17,6 +18,7 @@ class Countdown:
     def __init__(self, what: str, total: int) -> None:
         """Name the work and say how much there is."""
         self._what, self._total, self._done = what, total, 0
+        self._lock = threading.Lock()
         self._started_s = self._said_s = time.monotonic()
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = Progress(
@@ -30,9 +32,13 @@ class Countdown:
         self._task = self._bar.add_task(what, total=total)
 
     def advance(self, more: int) -> None:
-        """Count `more` as done."""
-        self._done += more
-        self._bar.update(self._task, completed=self._done)
+        """Count `more` as done; any thread may."""
+        with self._lock:
+            self._done += more
+            self._bar.update(self._task, completed=self._done)
+            self._say_if_due()
+
+    def _say_if_due(self) -> None:
         now_s = time.monotonic()
         if not self._console.is_terminal and now_s - self._said_s >= LINE_EVERY_S:
             self._said_s = now_s

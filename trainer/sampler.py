@@ -28,10 +28,12 @@ from trainer.frozen import read_yaml
 from trainer.models.autoencoders import Autoencoder, load_autoencoder
 from trainer.models.denoisers import build_denoiser
 from trainer.models.loading import load_weights
+from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
 from trainer.runtime.checkpoint import TrainState, read_ema
 
 Pixels = NDArray[np.uint8]
+RECONSTRUCTION_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Sampler:
     latent_std_C: Tensor
     latent_shape: tuple[int, int, int]
     device: torch.device
+    threads: int
+    """Batches at the same time, one core each."""
 
     def sample(
         self,
@@ -67,19 +71,22 @@ class Sampler:
         Args:
             captions: At least one.
             sampling: How.
-            on_steps: Told how many more picture-steps are done; there are
-                ``len(captions) * num_steps``.
+            on_steps: Told, from several threads, how many more picture-steps are done; there
+                are ``len(captions) * num_steps``.
 
         Returns:
             ``(N, H, W, 3)`` uint8 RGB.
         """
         texts = [state_LD.to(self.device) for state_LD in self.text.encode(captions)]
-        pictures = []
-        for first in range(0, len(captions), sampling.batch_images):
-            chosen = range(first, min(first + sampling.batch_images, len(captions)))
-            latents_BCHW = self._draw([texts[i] for i in chosen], chosen, sampling, on_steps)
-            pictures.append(self.decode(latents_BCHW))
-        return np.concatenate(pictures)
+        size = sampling.batch_images
+
+        def draw(first: int) -> Pixels:
+            numbers = range(first, min(first + size, len(captions)))
+            chosen = texts[first : first + size]
+            return self.decode(self._draw(chosen, numbers, sampling, on_steps))
+
+        with one_core_workers(self.threads) as workers:
+            return np.concatenate(list(workers.map(draw, range(0, len(captions), size))))
 
     def decode(self, normalised_BCHW: Tensor) -> Pixels:
         """Turn normalised latents into ``(B, H, W, 3)`` uint8 RGB."""
@@ -88,13 +95,15 @@ class Sampler:
 
     def reconstruct(self, pictures: Pixels) -> Pixels:
         """Pass ``(N, H, W, 3)`` uint8 pictures through the autoencoder and back."""
-        size = 32
         tensor = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
-        decoded = []
-        for batch in torch.split(tensor, size):
+
+        def there_and_back(batch: Tensor) -> Pixels:
             mean, _ = self.autoencoder.moments(batch.to(self.device).float() / 127.5 - 1.0)
-            decoded.append(to_pixels(self.autoencoder.decode(mean)))
-        return np.concatenate(decoded)
+            return to_pixels(self.autoencoder.decode(mean))
+
+        with one_core_workers(self.threads) as workers:
+            batches = torch.split(tensor, RECONSTRUCTION_BATCH)
+            return np.concatenate(list(workers.map(there_and_back, batches)))
 
     def untrained(self) -> "Sampler":
         """Return a sampler with the network as it was before training."""
@@ -152,7 +161,6 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("device=cuda, but torch finds no GPU here. Try device=cpu.")
-    torch.set_num_threads(threads)
     cfg = read_yaml(TrainConfig, run / "config.yaml")
     if isinstance(cfg.model, AutoencoderModelConfig):
         raise BadInput(
@@ -180,6 +188,7 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
         latent_std_C=torch.tensor(encoding.facts["latent_std"], device=place),
         latent_shape=(channels, height, width),
         device=place,
+        threads=threads,
     )
 
 

@@ -7,6 +7,7 @@ Letters: ``B`` captions, ``L`` tokens, ``D`` width of a state.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +22,7 @@ from trainer.config import TextEncoderConfig
 from trainer.errors import BadInput
 from trainer.models.loading import load_frozen
 from trainer.models.locations import locate
+from trainer.models.parallel import one_core_workers
 
 TOKENS_PER_BATCH = 2048
 
@@ -56,21 +58,32 @@ class TextEncoder:
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Return one ``(L_i, D)`` float32 tensor per caption; equal captions are encoded once."""
-        found = dict(self.encode_each(captions))
+        with one_core_workers(1) as workers:
+            found = dict(self.encode_each(captions, workers))
         return [found[caption] for caption in captions]
 
-    def encode_each(self, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (caption, states) for each distinct caption, shortest first, in batches."""
+    def encode_each(
+        self, captions: Sequence[str], workers: Executor
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield (caption, states) for each distinct caption, shortest first.
+
+        Args:
+            captions: In any order; which of them share a batch depends on their set alone.
+            workers: Run the batches.
+        """
         unique = sorted(set(captions))
         ids = self.tokens(unique)
         order = sorted(range(len(unique)), key=lambda i: (len(ids[i]), unique[i]))
+        batches: list[list[int]] = []
         for length, group in groupby(order, key=lambda i: len(ids[i])):
-            rows = list(group)
-            size = max(1, TOKENS_PER_BATCH // length)
-            for start in range(0, len(rows), size):
-                batch = rows[start : start + size]
-                states = self.states(torch.tensor([ids[i] for i in batch]))
-                yield from zip((unique[i] for i in batch), states.cpu(), strict=True)
+            rows, size = list(group), max(1, TOKENS_PER_BATCH // length)
+            batches += [rows[start : start + size] for start in range(0, len(rows), size)]
+
+        def run(batch: list[int]) -> Tensor:
+            return self.states(torch.tensor([ids[i] for i in batch])).cpu()
+
+        for batch, states in zip(batches, workers.map(run, batches), strict=True):
+            yield from zip((unique[i] for i in batch), states, strict=True)
 
     def to(self, device: torch.device) -> "TextEncoder":
         """Move to a device."""
