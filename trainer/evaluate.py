@@ -199,6 +199,7 @@ def _cell(name: str, facts: dict[str, float], column: str) -> str:
         return "-"
     if not name.endswith("_frac"):
         return f"{facts[column]:.1f}"
-    prefix = "" if column == "value" else f"{column}_"
-    low, high = facts[f"{prefix}low"], facts[f"{prefix}high"]
-    return f"{100 * facts[column]:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+    text = f"{100 * facts[column]:.0f} %"
+    if column == "value":  # the other intervals are in evaluation.json
+        text += f" ({100 * facts['low']:.0f}-{100 * facts['high']:.0f})"
+    return text

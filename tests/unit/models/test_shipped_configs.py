@@ -1,0 +1,33 @@
+"""Every named encoder, model and objective composes into a valid configuration."""
+
+from pathlib import Path
+
+import pytest
+
+import conf
+from data_prep.config import EncodeConfig
+from trainer.config import TrainConfig
+from trainer.frozen import compose
+
+CONF = Path(conf.__file__).parent
+
+
+def names(group):
+    found = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    assert found, group
+    return found
+
+
+@pytest.mark.parametrize("group", ["autoencoder", "text"])
+def test_encoders_are_the_same_for_encoding_and_training(group):
+    for name in names(group):
+        encode = compose(EncodeConfig, "encode", ["dataset=x", f"{group}={name}"])
+        train = compose(TrainConfig, "train", ["data.dataset=x", f"{group}={name}"])
+        assert encode.encoders == train.encoders
+
+
+@pytest.mark.parametrize("name", names("objective"))
+def test_objectives_compose(name):
+    autoencoder = ["model=autoencoder_small"] if name == "reconstruction" else []
+    words = ["data.dataset=x", f"objective={name}", *autoencoder]
+    assert compose(TrainConfig, "train", words).objective.kind == name.split("_")[0]
