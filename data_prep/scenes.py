@@ -59,6 +59,7 @@ UNSEEN_PAIRS = frozenset({("green", "star"), ("orange", "ring"), ("purple", "tri
 HELD_OUT_IN = 10  # one combination in this many is held out
 TWO_THINGS_FRAC = 0.35
 SMALLEST_PX = 8
+MOVE_FRAC, SCALE_FRAC, SHADE = 0.02, 0.06, 8  # how far jitter goes, each way
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,9 +286,9 @@ def paint(
     draw = ImageDraw.Draw(canvas)
     unit = side_px * scale
     for thing, (x_frac, y_frac), radius_frac in _layout(scene):
-        x = width_px * scale / 2 + (x_frac + _wobble(choices, 0.02)) * unit
-        y = height_px * scale / 2 + (y_frac + _wobble(choices, 0.02)) * unit
-        radius = radius_frac * (1 + _wobble(choices, 0.06)) * unit
+        x = width_px * scale / 2 + (x_frac + _wobble(choices, MOVE_FRAC)) * unit
+        y = height_px * scale / 2 + (y_frac + _wobble(choices, MOVE_FRAC)) * unit
+        radius = radius_frac * (1 + _wobble(choices, SCALE_FRAC)) * unit
         fill = _shade(COLOURS[thing.colour], choices)
         draw_shape(draw, thing.shape, (x, y), radius, fill, ground)
     return canvas.reduce(scale)
@@ -309,7 +310,7 @@ def _wobble(choices: _Choices | None, reach: float) -> float:
 
 
 def _shade(colour: Colour, choices: _Choices | None) -> Colour:
-    red, green, blue = (round(min(255, max(0, v + _wobble(choices, 8)))) for v in colour)
+    red, green, blue = (round(min(255, max(0, v + _wobble(choices, SHADE)))) for v in colour)
     return red, green, blue
 
 
