@@ -59,7 +59,7 @@ UNSEEN_PAIRS = frozenset({("green", "star"), ("orange", "ring"), ("purple", "tri
 HELD_OUT_IN = 10  # one combination in this many is held out
 TWO_THINGS_FRAC = 0.35
 SMALLEST_PX = 8
-MOVE_FRAC, SCALE_FRAC, SHADE = 0.02, 0.06, 8  # how far jitter goes, each way
+MOVE_FRAC, SCALE_FRAC, SHADE = 0.005, 0.02, 6  # how far jitter goes, each way
 
 
 @dataclass(frozen=True, slots=True)

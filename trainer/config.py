@@ -71,6 +71,10 @@ class UNetConfig:
     """Groups of the group norms."""
     linear_projection: bool
     """Linear instead of convolutional projections around attention (SD2: true)."""
+    pooled_text: bool
+    """Add the mean text state to the time embedding, as SDXL does with its pooled text."""
+    time_scale_shift: bool
+    """Time and pooled text scale and shift the residual blocks (as in ADM) instead of adding."""
     num_parameters: PositiveInt
     """Stated so that plans need no torch; a test compares it with the real model."""
 

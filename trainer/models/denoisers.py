@@ -40,7 +40,7 @@ class Denoiser(nn.Module):
             timestep=time_B,
             encoder_hidden_states=text_BLD,
             encoder_attention_mask=text_mask_BL,
-            **self._extras(),
+            **self._extras(text_BLD, text_mask_BL),
         ).sample
         return predicted
 
@@ -49,10 +49,18 @@ class Denoiser(nn.Module):
         inner: Any = self.inner
         inner.enable_gradient_checkpointing()
 
-    def _extras(self) -> dict[str, Any]:
+    def _extras(self, text_BLD: Tensor, text_mask_BL: Tensor) -> dict[str, Any]:
         if isinstance(self.inner, PixArtTransformer2DModel):
             return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        if self.inner.config.class_embed_type == "projection":  # type: ignore[union-attr]
+            return {"class_labels": mean_text(text_BLD, text_mask_BL)}
         return {}
+
+
+def mean_text(text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
+    """Return the ``(B, D)`` mean state of each caption's real tokens, whatever the padding."""
+    weights_BL1 = text_mask_BL.to(text_BLD.dtype)[:, :, None]
+    return (text_BLD * weights_BL1).sum(1) / weights_BL1.sum(1)
 
 
 def build_denoiser(cfg: UNetConfig | TransformerConfig, *, seed: int = 0) -> Denoiser:
@@ -95,6 +103,9 @@ def _unet(cfg: UNetConfig) -> Any:  # noqa: ANN401 - diffusers is untyped
         cross_attention_dim=cfg.text_width,
         norm_num_groups=cfg.norm_groups,
         use_linear_projection=cfg.linear_projection,
+        resnet_time_scale_shift="scale_shift" if cfg.time_scale_shift else "default",
+        class_embed_type="projection" if cfg.pooled_text else None,
+        projection_class_embeddings_input_dim=cfg.text_width if cfg.pooled_text else None,
     )
 
 

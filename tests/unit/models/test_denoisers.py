@@ -11,7 +11,7 @@ from torch import nn
 from trainer.config import ModelConfig, TransformerConfig, UNetConfig
 from trainer.errors import BadInput
 from trainer.frozen import compose_dict, freeze
-from trainer.models.denoisers import build_denoiser
+from trainer.models.denoisers import build_denoiser, mean_text
 
 UNET = {
     "kind": "unet",
@@ -24,6 +24,8 @@ UNET = {
     "head_width": (4, 8),
     "norm_groups": 4,
     "linear_projection": True,
+    "pooled_text": True,
+    "time_scale_shift": True,
     "num_parameters": 1,
 }
 TRANSFORMER = {
@@ -153,3 +155,14 @@ def test_unet_sd2_is_stable_diffusion_2s():
         )
     shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (ours, theirs)]
     assert shapes[0] == shapes[1]
+
+
+def test_pooled_text_does_not_depend_on_padding():
+    text_BLD, mask_BL = (
+        torch.randn(2, 5, 3),
+        torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool(),
+    )
+    wider = torch.cat([text_BLD, torch.full((2, 4, 3), 9.0)], dim=1)
+    wider_mask = torch.cat([mask_BL, torch.zeros(2, 4).bool()], dim=1)
+    torch.testing.assert_close(mean_text(wider, wider_mask), mean_text(text_BLD, mask_BL))
+    torch.testing.assert_close(mean_text(text_BLD, mask_BL)[0], text_BLD[0, :3].mean(0))
