@@ -71,8 +71,8 @@ class UNetConfig:
     """Groups of the group norms."""
     linear_projection: bool
     """Linear instead of convolutional projections around attention (SD2: true)."""
-    pooled_text: bool
-    """Add the mean text state to the time embedding, as SDXL does with its pooled text."""
+    pooled_tokens: NonNegativeInt
+    """Pool each caption, padded to this many tokens, into the time embedding; 0 for not."""
     time_scale_shift: bool
     """Time and pooled text scale and shift the residual blocks (as in ADM) instead of adding."""
     num_parameters: PositiveInt
@@ -323,6 +323,12 @@ class TrainConfig:
             raise ValueError(
                 f"model.kind={self.model.kind} cannot be trained with "
                 f"objective.kind={self.objective.kind}. Try objective={need}."
+            )
+        pooled = self.model.pooled_tokens if self.model.kind == "unet" else 0
+        if 0 < pooled < self.encoders.text.max_tokens:
+            raise ValueError(
+                f"model.pooled_tokens={pooled} is less than encoders.text.max_tokens="
+                f"{self.encoders.text.max_tokens}: longer captions would be cut. Make them equal."
             )
         if self.engine.precision == "bf16" and self.cluster.device == "cpu":
             raise ValueError(

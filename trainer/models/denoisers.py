@@ -17,9 +17,15 @@ from trainer.errors import BadInput
 class Denoiser(nn.Module):
     """A diffusers network; `inner` is what export saves."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, *, num_tokens: int = 0) -> None:
+        """Wrap `inner`; captions are padded to `num_tokens`, or not at all.
+
+        A network that pools captions needs a fixed length: its pooling knows no mask, and a
+        sample must not depend on how long the other captions of its batch are.
+        """
         super().__init__()
         self.inner = inner
+        self._num_tokens = num_tokens
 
     def forward(
         self, latents_BCHW: Tensor, time_B: Tensor, text_BLD: Tensor, text_mask_BL: Tensor
@@ -35,12 +41,15 @@ class Denoiser(nn.Module):
         Returns:
             ``(B, C, H, W)``.
         """
+        missing = max(0, self._num_tokens - text_BLD.shape[1])
+        text_BLD = nn.functional.pad(text_BLD * text_mask_BL[:, :, None], (0, 0, 0, missing))
+        text_mask_BL = nn.functional.pad(text_mask_BL, (0, missing))
         predicted: Tensor = self.inner(
             latents_BCHW,
             timestep=time_B,
             encoder_hidden_states=text_BLD,
             encoder_attention_mask=text_mask_BL,
-            **self._extras(text_BLD, text_mask_BL),
+            **self._extras(),
         ).sample
         return predicted
 
@@ -49,18 +58,10 @@ class Denoiser(nn.Module):
         inner: Any = self.inner
         inner.enable_gradient_checkpointing()
 
-    def _extras(self, text_BLD: Tensor, text_mask_BL: Tensor) -> dict[str, Any]:
+    def _extras(self) -> dict[str, Any]:
         if isinstance(self.inner, PixArtTransformer2DModel):
             return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-        if self.inner.config.class_embed_type == "projection":  # type: ignore[union-attr]
-            return {"class_labels": mean_text(text_BLD, text_mask_BL)}
         return {}
-
-
-def mean_text(text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
-    """Return the ``(B, D)`` mean state of each caption's real tokens, whatever the padding."""
-    weights_BL1 = text_mask_BL.to(text_BLD.dtype)[:, :, None]
-    return (text_BLD * weights_BL1).sum(1) / weights_BL1.sum(1)
 
 
 def build_denoiser(cfg: UNetConfig | TransformerConfig, *, seed: int = 0) -> Denoiser:
@@ -77,7 +78,8 @@ def build_denoiser(cfg: UNetConfig | TransformerConfig, *, seed: int = 0) -> Den
     last = inner.conv_out if isinstance(cfg, UNetConfig) else inner.proj_out
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return Denoiser(inner)
+    num_tokens = cfg.pooled_tokens if isinstance(cfg, UNetConfig) else 0
+    return Denoiser(inner, num_tokens=num_tokens)
 
 
 def _unet(cfg: UNetConfig) -> Any:  # noqa: ANN401 - diffusers is untyped
@@ -104,8 +106,8 @@ def _unet(cfg: UNetConfig) -> Any:  # noqa: ANN401 - diffusers is untyped
         norm_num_groups=cfg.norm_groups,
         use_linear_projection=cfg.linear_projection,
         resnet_time_scale_shift="scale_shift" if cfg.time_scale_shift else "default",
-        class_embed_type="projection" if cfg.pooled_text else None,
-        projection_class_embeddings_input_dim=cfg.text_width if cfg.pooled_text else None,
+        addition_embed_type="text" if cfg.pooled_tokens else None,
+        addition_embed_type_num_heads=max(1, cfg.text_width // 96),
     )
 
 

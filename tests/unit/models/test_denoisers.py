@@ -11,7 +11,7 @@ from torch import nn
 from trainer.config import ModelConfig, TransformerConfig, UNetConfig
 from trainer.errors import BadInput
 from trainer.frozen import compose_dict, freeze
-from trainer.models.denoisers import build_denoiser, mean_text
+from trainer.models.denoisers import build_denoiser
 
 UNET = {
     "kind": "unet",
@@ -24,7 +24,7 @@ UNET = {
     "head_width": (4, 8),
     "norm_groups": 4,
     "linear_projection": True,
-    "pooled_text": True,
+    "pooled_tokens": 6,
     "time_scale_shift": True,
     "num_parameters": 1,
 }
@@ -157,12 +157,15 @@ def test_unet_sd2_is_stable_diffusion_2s():
     assert shapes[0] == shapes[1]
 
 
-def test_pooled_text_does_not_depend_on_padding():
-    text_BLD, mask_BL = (
-        torch.randn(2, 5, 3),
-        torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool(),
-    )
-    wider = torch.cat([text_BLD, torch.full((2, 4, 3), 9.0)], dim=1)
-    wider_mask = torch.cat([mask_BL, torch.zeros(2, 4).bool()], dim=1)
-    torch.testing.assert_close(mean_text(wider, wider_mask), mean_text(text_BLD, mask_BL))
-    torch.testing.assert_close(mean_text(text_BLD, mask_BL)[0], text_BLD[0, :3].mean(0))
+def test_pooled_captions_do_not_depend_on_the_padding_of_their_batch():
+    cfg = freeze(UNetConfig, UNET)
+    model = build_denoiser(cfg, seed=0)
+    torch.nn.init.normal_(model.inner.conv_out.weight)
+    latents, time = torch.randn(2, cfg.latent_channels, 8, 8), torch.full((2,), 500.0)
+    text_BLD, mask_BL = torch.randn(2, 4, cfg.text_width), torch.ones(2, 4).bool()
+    wider = torch.nn.functional.pad(text_BLD, (0, 0, 0, 2))
+    wider_mask = torch.nn.functional.pad(mask_BL, (0, 2))
+    first, second = model(latents, time, text_BLD, mask_BL), model(latents, time, wider, wider_mask)
+    torch.testing.assert_close(first, second)
+    other = model(latents, time, text_BLD.flip(0), mask_BL)
+    assert not torch.allclose(first, other)
