@@ -155,6 +155,8 @@ class SourceConfig:
     """How many at most; scenes paints exactly that many."""
     max_side_px: Annotated[int, Field(ge=32, le=4096)]
     """kind=scenes: the longest side that is painted."""
+    two_things_frac: Fraction
+    """kind=scenes: share of the pictures that show two things in relation."""
     seed: int
     """Another seed paints other pictures and hurts other rows."""
     port: Port

@@ -59,7 +59,13 @@ def make_pictures(cfg: SourceConfig, folder: Path) -> list[Picture]:
 
 def _paint_all(cfg: SourceConfig, folder: Path) -> list[Picture]:
     num_processes = cfg.processes or len(os.sched_getaffinity(0))
-    paint_this = partial(_paint_one, folder=folder, seed=cfg.seed, max_side_px=cfg.max_side_px)
+    paint_this = partial(
+        _paint_one,
+        folder=folder,
+        seed=cfg.seed,
+        max_side_px=cfg.max_side_px,
+        two_things_frac=cfg.two_things_frac,
+    )
     numbers = range(cfg.num_pictures)
     with RowProgress("painting", cfg.num_pictures) as progress:
         if num_processes == 1:
@@ -75,8 +81,10 @@ def _counted(pictures: Iterable[Picture], progress: RowProgress) -> Iterator[Pic
     progress.finish()
 
 
-def _paint_one(number: int, *, folder: Path, seed: int, max_side_px: int) -> Picture:
-    scene = draw_scene(number, seed=seed)
+def _paint_one(
+    number: int, *, folder: Path, seed: int, max_side_px: int, two_things_frac: float
+) -> Picture:
+    scene = draw_scene(number, seed=seed, two_things_frac=two_things_frac)
     width_px, height_px = scene_size(number, max_side_px=max_side_px)
     suffix = FORMATS[number % len(FORMATS)]
     name = f"{number:06d}.{suffix}"

@@ -364,8 +364,8 @@ class DemoConfig:
     """Side of the square pictures that are learned."""
     shard_rows: PositiveInt
     """Rows per shard."""
-    autoencoder: str
-    """A name in conf/autoencoder."""
+    autoencoder: str | None
+    """A name in conf/autoencoder; null is the one trained on such pictures."""
     total_images: PositiveInt
     """Images to train on; this is the demo's time."""
     train: tuple[str, ...]

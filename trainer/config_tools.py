@@ -49,6 +49,8 @@ class SampleConfig:
     """What to draw."""
     captions_file: str | None
     """A text file with one caption per line, instead."""
+    to: str | None
+    """Folder for the pictures, replaced; null is RUN/samples, which the report shows."""
     num_reconstructions: NonNegativeInt
     """Pictures of the dataset to put beside their autoencoder reconstructions."""
     sampling: SamplingConfig
@@ -69,6 +71,8 @@ class EvaluateConfig:
     """Held-out captions to draw and score."""
     num_unseen_pairs: NonNegativeInt
     """Further captions with a shape in a colour that training never showed; the harder test."""
+    two_things_frac: Fraction
+    """Share of the captions with two things in relation; as in the training pictures."""
     num_reconstructions: NonNegativeInt
     """Pictures of the dataset to put beside their autoencoder reconstructions."""
     sampling: SamplingConfig

@@ -20,6 +20,14 @@ from trainer.errors import BadInput, BadWorld
 
 log = logging.getLogger(__name__)
 
+# Combinations that the painter holds out: training never sees them.
+_WISHES = (
+    "a large orange cross in the middle, on a black background",
+    "a small yellow ring on the right, on a blue background",
+    "a large black star in the middle, on a white background",
+    "a large white triangle on the left, on a blue background",
+)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -35,7 +43,8 @@ def steps(cfg: DemoConfig) -> Iterator[Step]:
     """Yield the commands between making the source and reading the report."""
     out = out_dir(cfg)
     source, dataset, run = out / "source", out / "dataset", out / "run"
-    data = (f"autoencoder={cfg.autoencoder}", f"encoders.image_side_px={cfg.image_side_px}")
+    autoencoder = cfg.autoencoder or ("scenes" if cfg.data == "scenes" else "emoji")
+    data = (f"autoencoder={autoencoder}", f"encoders.image_side_px={cfg.image_side_px}")
     yield Step(
         "prepare",
         (
@@ -65,6 +74,8 @@ def steps(cfg: DemoConfig) -> Iterator[Step]:
         420,
     )
     yield Step("evaluate", (f"run={run}", *cfg.evaluate), 90)
+    wishes = f"captions=[{','.join(map(repr, _WISHES))}]" if cfg.data == "scenes" else ""
+    yield Step("sample", (f"run={run}", f"to={run}/wishes", *([wishes] if wishes else [])), 15)
     yield Step("report", (f"run={run}",), 5)
 
 

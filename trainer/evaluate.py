@@ -98,8 +98,11 @@ def shares(facts: Sequence[Facts]) -> dict[str, Share]:
 def _judge_scenes(cfg: EvaluateConfig, sampler: Sampler) -> tuple[dict[str, Any], list[Shown]]:
     """Score held-out captions of scenes exactly."""
     seed = cfg.sampling.seed
-    scenes = held_out_scenes(cfg.num_captions, seed=seed)
-    unseen = held_out_scenes(cfg.num_unseen_pairs, seed=seed, unseen_pairs=True)
+    two = cfg.two_things_frac
+    scenes = held_out_scenes(cfg.num_captions, seed=seed, two_things_frac=two)
+    unseen = held_out_scenes(
+        cfg.num_unseen_pairs, seed=seed, two_things_frac=two, unseen_pairs=True
+    )
     captions = [caption(scene) for scene in scenes]
     every = captions + [caption(scene) for scene in unseen]
     untrained = sampler.untrained()

@@ -81,7 +81,7 @@ def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "model", f"{cfg.model.kind}, {cfg.model.num_parameters / 1e6:,.1f} M parameters"
     yield (
         "ranks",
-        f"{plan.num_ranks} on {cluster.num_nodes} nodes, {cluster.device}",
+        f"{plan.num_ranks} on {cluster.num_nodes} node(s), {cluster.device}",
     )
     yield (
         "images per step",

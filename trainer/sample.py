@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(cfg: SampleConfig) -> int:
-    """Write pictures, a labelled grid and an index to RUN/samples."""
+    """Write pictures, a labelled grid and an index."""
     run_dir = Path(cfg.run)
     captions = read_captions(cfg)
     sampler = load_sampler(run_dir, device=cfg.device, threads=cfg.threads)
@@ -35,7 +35,7 @@ def run(cfg: SampleConfig) -> int:
             pictures = sampler.sample(captions, cfg.sampling, on_steps=countdown.advance)
         samples = [Shown(*shown) for shown in zip(captions, pictures, strict=True)]
         pairs = reconstructions(sampler, cfg.num_reconstructions)
-        path = write_gallery(run_dir / "samples", samples, pairs)
+        path = write_gallery(Path(cfg.to or run_dir / "samples"), samples, pairs)
     log.info(
         "%d pictures after %d training images: %s", len(samples), sampler.state.images_seen, path
     )

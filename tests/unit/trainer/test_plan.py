@@ -50,6 +50,6 @@ def test_the_plan_of_the_real_thing_prints_and_touches_nothing(capsys, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert main(["experiment=sd2_256", "data.dataset=laion"]) == 0
     out = capsys.readouterr().out
-    assert "128 on 16 nodes" in out
+    assert "128 on 16 node(s)" in out
     assert "550,000 for 1,126,400,000 images" in out
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,19 @@
+from data_prep.scenes import is_held_out, parse
+from trainer.config import DemoConfig
+from trainer.demo import _WISHES, out_dir, steps
+from trainer.frozen import compose
+
+
+def test_the_wishes_of_the_demo_are_captions_that_training_never_sees():
+    assert all(is_held_out(parse(wish)) for wish in _WISHES)
+
+
+def test_the_steps_are_the_commands_in_the_order_of_the_data():
+    names = [step.command for step in steps(compose(DemoConfig, "demo", []))]
+    assert names == ["prepare", "encode", "train", "evaluate", "sample", "report"]
+
+
+def test_everything_goes_to_a_folder_named_after_the_data():
+    assert str(out_dir(compose(DemoConfig, "demo", []))) == "demo/scenes"
+    assert str(out_dir(compose(DemoConfig, "demo", ["data=/pictures/pets"]))) == "demo/pets"
+    assert str(out_dir(compose(DemoConfig, "demo", ["out=here"]))) == "here"
