@@ -27,6 +27,7 @@ from trainer.observe.story import DatasetFacts, Story
 
 # The page may show what is in it and ask for nothing; the browser enforces it.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_FIRST_PICTURES = 24
 _MEANING = {
     Bucket.QUEUE: "waiting for the scheduler",
     Bucket.INIT: "starting: imports, building, compiling",
@@ -284,7 +285,12 @@ def _samples(story: Story) -> list[Html]:
         )
         for entry in entries
     ]
-    return [tag("div", *figures, class_="pictures")]
+    first = tag("div", *figures[:_FIRST_PICTURES], class_="pictures")
+    if len(figures) <= _FIRST_PICTURES:
+        return [first]
+    rest = tag("div", *figures[_FIRST_PICTURES:], class_="pictures")
+    more = tag("summary", f"{len(figures) - _FIRST_PICTURES} more")
+    return [first, tag("details", more, rest)]
 
 
 def _verdict(ok: bool | None) -> list[Html]:

@@ -47,7 +47,7 @@ class Story:
     @property
     def name(self) -> str:
         """What the run is called."""
-        return self.run_dir.resolve().name
+        return "/".join(self.run_dir.resolve().parts[-2:])
 
 
 def read_story(
