@@ -7,6 +7,8 @@ export NO_ALBUMENTATIONS_UPDATE = 1
 export HF_HUB_OFFLINE ?= 1
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 DATA ?= scenes
+# Two at a time; the tests of one file stay together, because they share what they train.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test check bench clean browser
 

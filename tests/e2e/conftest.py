@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_source import free_port
+
 SMALL_NETWORK = [
+    "model=transformer_tiny",
     "model.num_layers=1",
     "model.num_heads=2",
     "model.head_width=16",
@@ -35,7 +38,8 @@ def kiln(*words: str, timeout_s: float = 300, code: int = 0) -> str:
 def encoded(tmp_path_factory) -> Path:
     """A published dataset of painted scenes with latents and text states."""
     root = tmp_path_factory.mktemp("encoded")
-    kiln("source", "kind=scenes", f"out={root}/source", "num_pictures=48", "max_side_px=128")
+    small = ["num_pictures=48", "max_side_px=128", f"port={free_port()}"]
+    kiln("source", "kind=scenes", f"out={root}/source", *small)
     server = subprocess.Popen(
         [sys.executable, "-m", "trainer.cli", "serve", f"source={root}/source"]
     )

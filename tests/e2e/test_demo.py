@@ -22,7 +22,7 @@ def demo_words(out, *more):
         "shard_rows=32",
         "total_images=160",
         f"train=[{','.join(repr(w) for w in train.split(','))}]",
-        "evaluate=[num_captions=4,num_unseen_pairs=2,sampling.num_steps=2]",
+        "evaluate=['num_captions=4','num_unseen_pairs=2','sampling.num_steps=2']",
         *more,
     ]
 
