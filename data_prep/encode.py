@@ -23,7 +23,6 @@ from data_prep.encode_shard import (
     to_npy,
 )
 from data_prep.prepare import locked, say
-from data_prep.progress import RowProgress
 from trainer.command import run_command
 from trainer.data.manifest import (
     ENCODING,
@@ -41,6 +40,7 @@ from trainer.errors import BadInput
 from trainer.models.autoencoders import load_autoencoder
 from trainer.models.fingerprint import Identity, identify
 from trainer.models.text_encoders import load_text_encoder
+from trainer.observe.countdown import Countdown
 from trainer.observe.ledger import accounted
 
 NULL_TEXT = "null_text.npy"
@@ -162,7 +162,7 @@ def _run_todo(cfg: EncodeConfig, work: Work) -> float:
     publish_bytes(work.folder / NULL_TEXT, to_npy(null_text_LD.numpy().astype(np.float16)))
     num_images = sum(shard.count for shard in work.todo)
     started_s, done = time.monotonic(), 0
-    with RowProgress("encoding", num_images) as progress:
+    with Countdown("encoding", num_images) as progress:
 
         def on_images(more: int) -> None:
             nonlocal done

@@ -18,9 +18,9 @@ from typing import Any
 from PIL import Image
 
 from data_prep.config import SourceConfig
-from data_prep.progress import RowProgress
 from data_prep.scenes import caption, draw_scene, paint
 from trainer.errors import BadInput, BadWorld
+from trainer.observe.countdown import Countdown
 
 FORMATS = ("jpg", "png", "webp")
 _SUFFIXES = {".jpg": ".jpg", ".jpeg": ".jpg", ".png": ".png", ".webp": ".webp"}
@@ -67,14 +67,14 @@ def _paint_all(cfg: SourceConfig, folder: Path) -> list[Picture]:
         two_things_frac=cfg.two_things_frac,
     )
     numbers = range(cfg.num_pictures)
-    with RowProgress("painting", cfg.num_pictures) as progress:
+    with Countdown("painting", cfg.num_pictures) as progress:
         if num_processes == 1:
             return list(_counted(map(paint_this, numbers), progress))
         with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as executor:
             return list(_counted(executor.map(paint_this, numbers, chunksize=16), progress))
 
 
-def _counted(pictures: Iterable[Picture], progress: RowProgress) -> Iterator[Picture]:
+def _counted(pictures: Iterable[Picture], progress: Countdown) -> Iterator[Picture]:
     for number, picture in enumerate(pictures, start=1):
         progress.update(number)
         yield picture

@@ -17,7 +17,6 @@ from rich.table import Table
 
 from data_prep.config import PrepareConfig
 from data_prep.pool import run_units
-from data_prep.progress import RowProgress
 from data_prep.publish import (
     WORK,
     UnitRecord,
@@ -33,6 +32,7 @@ from trainer.command import run_command
 from trainer.data.manifest import MANIFEST, Manifest, save_manifest
 from trainer.errors import BadInput, BadWorld
 from trainer.frozen import thaw
+from trainer.observe.countdown import Countdown
 from trainer.observe.ledger import accounted
 
 # What shapes the stored bytes or decides about rows; the rest may change between two runs.
@@ -107,7 +107,7 @@ def _run_todo(cfg: PrepareConfig, work: Work) -> None:
     failed: list[Unreachable] = []
     num_rows = sum(len(unit.rows) for unit in work.todo)
     try:
-        with RowProgress("downloading", num_rows) as progress:
+        with Countdown("downloading", num_rows) as progress:
             for unit, result in run_units(
                 work.todo,
                 cfg,

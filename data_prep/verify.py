@@ -11,7 +11,6 @@ from rich.table import Table
 
 from data_prep.config import VerifyConfig
 from data_prep.prepare import print_yield
-from data_prep.progress import RowProgress
 from data_prep.quarantine import read_quarantine
 from trainer.command import run_command
 from trainer.data.manifest import (
@@ -25,6 +24,7 @@ from trainer.data.manifest import (
 )
 from trainer.data.shards import Shard, read_index, scan_tar
 from trainer.errors import BadInput
+from trainer.observe.countdown import Countdown
 
 REPAIR = "Give its `kiln prepare` command again with recheck=hashes: it replaces what is wrong."
 
@@ -39,7 +39,7 @@ def run(cfg: VerifyConfig) -> int:
     manifest = load_manifest(cfg.dataset)
     problems: list[str] = []
     num_read = Counter[str]()
-    with RowProgress("reading", manifest.rows_kept) as progress:
+    with Countdown("reading", manifest.rows_kept) as progress:
         keys: dict[str, list[str]] = {}
         for entry in manifest.shards:
             problems += shard_problems(cfg.dataset, entry, keys, repair=REPAIR)

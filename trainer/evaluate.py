@@ -17,12 +17,12 @@ from data_prep.scene_score import Facts, score
 from data_prep.scenes import Scene, caption, held_out_scenes, paint, parse
 from trainer.command import run_command
 from trainer.config_tools import EvaluateConfig
-from trainer.countdown import Countdown
 from trainer.data.manifest import load_manifest
 from trainer.data.publish import publish_bytes
 from trainer.errors import BadInput
 from trainer.frozen import thaw
 from trainer.gallery import Shown, dataset_pictures, reconstructions, write_gallery
+from trainer.observe.countdown import Countdown
 from trainer.observe.energy import open_meters
 from trainer.observe.ledger import Ledger
 from trainer.sampler import Pixels, Sampler, load_sampler
@@ -107,7 +107,7 @@ def _judge_scenes(cfg: EvaluateConfig, sampler: Sampler) -> tuple[dict[str, Any]
     every = captions + [caption(scene) for scene in unseen]
     untrained = sampler.untrained()
     num_steps = (len(every) + len(captions)) * cfg.sampling.num_steps
-    with Countdown("sampling", num_steps) as countdown:
+    with Countdown("sampling", num_steps, unit="steps") as countdown:
         drawn = sampler.sample(every, cfg.sampling, on_steps=countdown.advance)
         by_chance = untrained.sample(captions, cfg.sampling, on_steps=countdown.advance)
     facts = score(list(drawn), every)
@@ -146,7 +146,7 @@ def _judge_pictures(cfg: EvaluateConfig, sampler: Sampler) -> tuple[dict[str, An
     captions = [text for text, _ in found]
     real = np.stack([picture for _, picture in found])
     psnr_db = float(psnr(real, sampler.reconstruct(real)).mean())
-    with Countdown("sampling", len(captions) * cfg.sampling.num_steps) as countdown:
+    with Countdown("sampling", len(captions) * cfg.sampling.num_steps, unit="steps") as countdown:
         drawn = sampler.sample(captions, cfg.sampling, on_steps=countdown.advance)
     log.warning(
         "%s holds no painted scenes, so no exact score exists: the captions are of training "

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from trainer.command import run_command
 from trainer.config_tools import SampleConfig
-from trainer.countdown import Countdown
 from trainer.errors import BadInput
 from trainer.gallery import Shown, reconstructions, write_gallery
+from trainer.observe.countdown import Countdown
 from trainer.observe.energy import open_meters
 from trainer.observe.ledger import Ledger
 from trainer.sampler import load_sampler
@@ -31,7 +31,9 @@ def run(cfg: SampleConfig) -> int:
     meters = open_meters(tdp_w_per_core=sampler.cfg.logging.tdp_w_per_core)
     with Ledger(run_dir / "ledger.jsonl", stage="sample", meters=meters) as ledger:
         ledger.switch("evaluation")
-        with Countdown("sampling", len(captions) * cfg.sampling.num_steps) as countdown:
+        with Countdown(
+            "sampling", len(captions) * cfg.sampling.num_steps, unit="steps"
+        ) as countdown:
             pictures = sampler.sample(captions, cfg.sampling, on_steps=countdown.advance)
         samples = [Shown(*shown) for shown in zip(captions, pictures, strict=True)]
         pairs = reconstructions(sampler, cfg.num_reconstructions)

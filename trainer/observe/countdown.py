@@ -1,6 +1,7 @@
 """Show how far a long count is: a live bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
+import threading
 import time
 from types import TracebackType
 
@@ -16,12 +17,13 @@ from rich.progress import (
 _LINE_EVERY_S = 5.0
 
 
-class RowProgress:
-    """Rows done, the rate, the share kept and the time left, on stderr."""
+class Countdown:
+    """Things done, the rate, the share kept and the time left, on stderr."""
 
-    def __init__(self, what: str, num_rows: int) -> None:
-        """Name the work and say how many rows it has."""
-        self._what, self._num_rows = what, num_rows
+    def __init__(self, what: str, total: int, *, unit: str = "rows") -> None:
+        """Name the work and say how much there is."""
+        self._what, self._total, self._unit = what, total, unit
+        self._lock = threading.Lock()
         self._done = 0
         self._kept: int | None = None
         self._started_s = self._said_s = time.monotonic()
@@ -35,7 +37,7 @@ class RowProgress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(what, total=num_rows, facts="starting workers")
+        self._task = self._bar.add_task(what, total=total, facts="starting workers")
 
     def update(self, done: int, kept: int | None = None) -> None:
         """Take new totals since the start."""
@@ -47,6 +49,11 @@ class RowProgress:
         if not self._console.is_terminal and time.monotonic() - self._said_s > _LINE_EVERY_S:
             self._say()
 
+    def advance(self, more: int) -> None:
+        """Count `more` as done; any thread may."""
+        with self._lock:
+            self.update(self._done + more)
+
     def finish(self) -> None:
         """Say the last line."""
         if not self._console.is_terminal:
@@ -54,20 +61,20 @@ class RowProgress:
 
     def _say(self) -> None:
         self._said_s = time.monotonic()
-        left_s = (self._num_rows - self._done) / max(self._rows_per_s(), 1e-9)
-        text = f"{self._what}: {self._done}/{self._num_rows} rows, {self._facts()}"
+        left_s = (self._total - self._done) / max(self._per_s(), 1e-9)
+        text = f"{self._what}: {self._done}/{self._total} {self._unit}, {self._facts()}"
         self._console.print(f"{text}, {left_s:.0f} s left", highlight=False, soft_wrap=True)
 
     def _facts(self) -> str:
-        facts = f"{self._rows_per_s():.0f} rows/s"
+        facts = f"{self._per_s():.0f} {self._unit}/s"
         if self._kept is None:
             return facts
         return f"{facts}, {100 * self._kept / max(1, self._done):.1f} % kept"
 
-    def _rows_per_s(self) -> float:
+    def _per_s(self) -> float:
         return self._done / max(time.monotonic() - self._started_s, 1e-9)
 
-    def __enter__(self) -> "RowProgress":
+    def __enter__(self) -> "Countdown":
         self._bar.start()
         return self
 
