@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from trainer.runtime.compiled import load_cpu_op
 from trainer.runtime.env import RankEnv
 
 _TIMEOUT = timedelta(minutes=10)
@@ -25,6 +26,8 @@ class Comm:
         self.device = torch.device(f"cuda:{env.local_rank}" if device == "cuda" else "cpu")
         if device == "cuda":
             torch.cuda.set_device(self.device)
+        else:
+            load_cpu_op()
         deepspeed.init_distributed(
             dist_backend="gloo" if device == "cpu" else "nccl",
             auto_mpi_discovery=False,
