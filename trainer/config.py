@@ -364,7 +364,7 @@ class DemoConfig:
     """Side of the square pictures that are learned."""
     shard_rows: PositiveInt
     """Rows per shard."""
-    autoencoder: str | None
+    first_stage: str | None
     """A name in conf/autoencoder; null is the one trained on such pictures."""
     total_images: PositiveInt
     """Images to train on; this is the demo's time."""

@@ -43,7 +43,7 @@ def steps(cfg: DemoConfig) -> Iterator[Step]:
     """Yield the commands between making the source and reading the report."""
     out = out_dir(cfg)
     source, dataset, run = out / "source", out / "dataset", out / "run"
-    autoencoder = cfg.autoencoder or ("scenes" if cfg.data == "scenes" else "emoji")
+    autoencoder = cfg.first_stage or ("scenes" if cfg.data == "scenes" else "emoji")
     data = (f"autoencoder={autoencoder}", f"encoders.image_side_px={cfg.image_side_px}")
     yield Step(
         "prepare",

@@ -63,6 +63,6 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_failing_step_names_its_command_and_the_way_on(tmp_path):
-    said = kiln(*demo_words(tmp_path / "demo", "autoencoder=nowhere"), code=1)
+    said = kiln(*demo_words(tmp_path / "demo", "first_stage=nowhere"), code=1)
     assert "`kiln encode" in said
     assert "the same command continues" in said

@@ -42,7 +42,14 @@ def uninterrupted(source, tmp_path_factory):
 def start(source, dataset):
     words = prepare_overrides(source, dataset, *SLOWLY)
     command = [sys.executable, "-m", "trainer.cli", "prepare", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
 
 
 def wait_for_units(process, dataset, count):

@@ -62,7 +62,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     out = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
-            out.update({key: handle.get_tensor(key) for key in handle})
+            out.update({key: handle.get_tensor(key) for key in handle.keys()})  # noqa: SIM118
     return out
 
 
