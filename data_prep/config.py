@@ -1,6 +1,9 @@
 """What the data commands may be told: frozen dataclasses."""
 
-from pathlib import Path
+import hashlib
+import os
+import tempfile
+from pathlib import Path, PosixPath
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -42,20 +45,34 @@ class DownloadConfig:
     """A picture whose X-Robots-Tag header has one of these is left alone; [] ignores opt-outs."""
     allow_hosts: tuple[str, ...]
     """Hosts (HOST or HOST:PORT) that may have private or loopback addresses; others may not."""
+    max_failed_frac: Fraction
+    """A unit of which more rows than this fail for reasons of the network or the tools stops the
+    command; nothing of it is published."""
     accept_unreachable: bool
-    """Publish a unit none of whose rows could be reached; else the command stops and says so."""
+    """Publish such units too."""
 
 
 @config
 class PrepareConfig:
     """`kiln prepare`."""
 
-    rows: Path
-    """The source: a parquet file of URLs and captions, or a folder of such files."""
+    rows: str
+    """The source: parquet, csv or jsonl files of URLs and captions; a file, folder, glob or URL."""
     dataset: Path
     """Folder to publish into."""
+    policy: str
+    """Which rows are downloaded: 'plain', 'relaion', or a policy file of your own."""
     shard_rows: PositiveInt
-    """Distinct rows per unit of work; a unit's kept rows become one shard."""
+    """Rows per unit of work; a unit's kept rows become one shard."""
+    parts: PositiveInt
+    """Commands that share the work, e.g. tasks of a Slurm array; each does every parts-th unit."""
+    part: NonNegativeInt
+    """Which of them this is, from 0, e.g. $SLURM_ARRAY_TASK_ID."""
+    plan_memory_gb: PositiveFloat
+    """Memory for reading and sorting the source; what does not fit is spilled to scratch."""
+    scratch: Path | None
+    """Local folder for intermediate files; null is one beside the dataset, or under the system's
+    temporary folder for a dataset at a URL."""
     image_side_px: PositiveInt
     """Pictures are resized to this side, as resize_mode says."""
     resize_mode: Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
@@ -92,6 +109,24 @@ class PrepareConfig:
                 f"encode_quality={self.encode_quality} with encode_format={self.encode_format}: "
                 f"need {low} to {high}, or null."
             )
+
+        if self.part >= self.parts:
+            raise ValueError(f"part={self.part}, need 0 to parts - 1 = {self.parts - 1}.")
+
+    @property
+    def num_processes(self) -> int:
+        """The worker processes with their default filled in."""
+        return self.processes or len(os.sched_getaffinity(0))
+
+    @property
+    def scratch_folder(self) -> Path:
+        """The folder for intermediate files with its default filled in."""
+        if self.scratch is not None:
+            return self.scratch
+        if isinstance(self.dataset, PosixPath):
+            return self.dataset / ".work"
+        name = hashlib.sha256(str(self.dataset).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"kiln-{name}"
 
     @property
     def quality(self) -> int:

@@ -12,11 +12,11 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
 from data_prep.config import PrepareConfig
-from data_prep.publish import UnitRecord, Unreachable, publish_unit
-from data_prep.rows import Unit
+from data_prep.plan import Unit
+from data_prep.publish import Systemic, UnitRecord, publish_unit
 from trainer.errors import BadWorld
 
-Result = tuple[Unit, UnitRecord | Unreachable]
+Result = tuple[Unit, UnitRecord | Systemic]
 Counts = tuple["Synchronized[int]", "Synchronized[int]"]
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def run_units(
     executor = ProcessPoolExecutor(
         num_processes, mp_context=context, initializer=_start_worker, initargs=(alive, counts)
     )
-    waiting: dict[Future[UnitRecord | Unreachable], Unit] = {}
+    waiting: dict[Future[UnitRecord | Systemic], Unit] = {}
     left = iter(units)
     try:
         while True:
@@ -86,7 +86,7 @@ def _die_with_parent(alive: Connection) -> None:
     os._exit(1)
 
 
-def _publish(unit: Unit, cfg: PrepareConfig, rules_sha256: str) -> UnitRecord | Unreachable:
+def _publish(unit: Unit, cfg: PrepareConfig, rules_sha256: str) -> UnitRecord | Systemic:
     return publish_unit(unit, cfg, rules_sha256, _count_row)
 
 

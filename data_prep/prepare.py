@@ -4,30 +4,37 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from data_prep.config import PrepareConfig
+from data_prep.plan import (
+    Generation,
+    Unit,
+    list_units,
+    make_plan,
+    read_rows,
+)
+from data_prep.policy import Policy, load_policy
 from data_prep.pool import run_units
 from data_prep.publish import (
-    WORK,
+    Systemic,
     UnitRecord,
-    Unreachable,
     is_done,
     read_record,
     record_path,
     retract_unit,
 )
+from data_prep.quarantine import UNREACHED
 from data_prep.reach import check_reachable, unreachable
-from data_prep.rows import Unit, read_units, source_sha256
 from trainer.command import run_command
 from trainer.data.manifest import MANIFEST, Manifest, save_manifest
 from trainer.errors import BadInput, BadWorld
@@ -36,8 +43,19 @@ from trainer.observe.countdown import Countdown
 from trainer.observe.ledger import accounted
 
 # What shapes the stored bytes or decides about rows; the rest may change between two runs.
-_NO_RULES = ("rows", "dataset", "processes", "threads", "recheck", "tdp_w_per_core")
-_NO_DOWNLOAD_RULES = ("accept_unreachable", "user_agent")
+_NO_RULES = (
+    "rows",
+    "dataset",
+    "parts",
+    "part",
+    "plan_memory_gb",
+    "scratch",
+    "processes",
+    "threads",
+    "recheck",
+    "tdp_w_per_core",
+)
+_NO_DOWNLOAD_RULES = ("accept_unreachable", "max_failed_frac", "user_agent")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
 class Work:
     """What there is to do and what is done already."""
 
+    generations: list[Generation]
     units: list[Unit]
+    policy: Policy
     rules_sha256: str
     records: dict[str, UnitRecord]
     """Records of the finished units, by name."""
@@ -62,54 +82,81 @@ class Work:
 
 def run(cfg: PrepareConfig) -> int:
     """Publish what is missing of the dataset; print what became of every row."""
-    units = read_units(cfg)
-    with locked(cfg.dataset):
-        work = survey(cfg, units)
-        todo, leftovers = work.todo, _leftovers(cfg.dataset, units)
-        if todo or leftovers:
-            # A dataset without a manifest is unfinished.
-            (cfg.dataset / MANIFEST).unlink(missing_ok=True)
-            for name in leftovers:
-                retract_unit(cfg.dataset, name)
-        if todo:
-            if work.records:
-                say(f"{finished(work)}; going on.")
-            with accounted(cfg.dataset, stage="prepare", tdp_w_per_core=cfg.tdp_w_per_core):
-                _run_todo(cfg, work)
-            shutil.rmtree(cfg.dataset / WORK, ignore_errors=True)
-        manifest = make_manifest(cfg, work)
-        save_manifest(cfg.dataset, manifest)
-    print_yield(manifest)
-    done = f"{manifest.rows_kept} samples in {len(manifest.shards)} shards"
-    say(f"{cfg.dataset}: {done}." if todo else f"{cfg.dataset}: nothing to do, {done} are there.")
-    return 0
+    policy = load_policy(cfg.policy)
+    shared = cfg.parts > 1
+    with locked(cfg.dataset, wait=shared):
+        work = make_work(cfg, policy)
+        if not shared:
+            return _finish(cfg, work, _do(cfg, work))
+    with locked(cfg.dataset, f".lock-part-{cfg.part:04d}"):
+        done = _do(cfg, work)
+    with locked(cfg.dataset, wait=True):
+        return _finish(cfg, survey(cfg, work.generations, policy), done)
 
 
-def survey(cfg: PrepareConfig, units: list[Unit]) -> Work:
+def make_work(cfg: PrepareConfig, policy: Policy) -> Work:
+    """Plan the source, take back what is not in the plan any more, and see what is done."""
+    work = survey(cfg, make_plan(cfg, policy, cfg.scratch_folder), policy)
+    leftovers = _leftovers(cfg.dataset, work.units)
+    if work.todo or leftovers:
+        # A dataset without a manifest is unfinished.
+        (cfg.dataset / MANIFEST).unlink(missing_ok=True)
+        for name in leftovers:
+            retract_unit(cfg.dataset, name)
+    return work
+
+
+def survey(cfg: PrepareConfig, generations: list[Generation], policy: Policy) -> Work:
     """Find which units are done, from the same rows and rules, with their files intact."""
-    rules_sha256 = hash_rules(rules(cfg))
+    rules_sha256 = hash_rules(rules(cfg, policy))
     hashes = cfg.recheck == "hashes"
+    units = list_units(generations)
     records: dict[str, UnitRecord] = {}
     for unit in units:
         record = read_record(cfg.dataset, unit.name)
         if is_done(cfg.dataset, unit, record, rules_sha256=rules_sha256, hashes=hashes):
             assert record is not None
             records[unit.name] = record
-    return Work(units, rules_sha256, records)
+    return Work(generations, units, policy, rules_sha256, records)
 
 
-def _run_todo(cfg: PrepareConfig, work: Work) -> None:
+def _do(cfg: PrepareConfig, work: Work) -> int:
+    """Publish the missing units of this part; return their number."""
+    todo = [unit for unit in work.todo if unit.number % cfg.parts == cfg.part]
+    if todo:
+        if work.records:
+            say(f"{finished(work)}; going on.")
+        with accounted(cfg.dataset, stage="prepare", tdp_w_per_core=cfg.tdp_w_per_core):
+            _run_todo(cfg, work, todo)
+    shutil.rmtree(cfg.scratch_folder, ignore_errors=True)
+    return len(todo)
+
+
+def _finish(cfg: PrepareConfig, work: Work, num_published: int) -> int:
+    """Write the manifest if all units are there, and say what there is."""
+    if work.todo:
+        say(f"{cfg.dataset}: part {cfg.part} of {cfg.parts} is done; {finished(work)}.")
+        return 0
+    manifest = make_manifest(cfg, work)
+    save_manifest(cfg.dataset, manifest)
+    print_yield(manifest)
+    done = f"{manifest.rows_kept} samples in {len(manifest.shards)} shards"
+    told = f"{done}." if num_published else f"nothing to do, {done} are there."
+    say(f"{cfg.dataset}: {told}")
+    return 0
+
+
+def _run_todo(cfg: PrepareConfig, work: Work, todo: list[Unit]) -> None:
     """Publish the missing units; add their records to `work.records`."""
     if not cfg.download.accept_unreachable:
-        check_reachable((row for unit in work.todo for row in unit.rows), cfg.download)
-    num_processes = cfg.processes or len(os.sched_getaffinity(0))
-    num_processes = min(num_processes, len(work.todo))
-    failed: list[Unreachable] = []
-    num_rows = sum(len(unit.rows) for unit in work.todo)
+        urls = (row.url for unit in islice(todo, 3) for row in read_rows(cfg.dataset, unit))
+        check_reachable(urls, cfg.download)
+    num_processes = min(cfg.num_processes, len(todo))
+    failed: list[Systemic] = []
     try:
-        with Countdown("downloading", num_rows) as progress:
+        with Countdown("downloading", sum(unit.rows for unit in todo)) as progress:
             for unit, result in run_units(
-                work.todo,
+                todo,
                 cfg,
                 work.rules_sha256,
                 num_processes=num_processes,
@@ -119,7 +166,8 @@ def _run_todo(cfg: PrepareConfig, work: Work) -> None:
                     work.records[unit.name] = result
                 else:
                     failed.append(result)
-                if not work.records and len(failed) >= num_processes:
+                # What is wrong with one in every process is wrong with the next, too.
+                if len(failed) >= num_processes:
                     break
             progress.finish()
     except KeyboardInterrupt:
@@ -133,9 +181,21 @@ def _run_todo(cfg: PrepareConfig, work: Work) -> None:
             "space and give the same command again."
         ) from error
     if failed:
-        first, num_rows = failed[0].first, sum(unit.rows for unit in failed)
-        what = f"{finished(work)}, but not one of {num_rows} rows in {len(failed)} could be fetched"
-        raise unreachable(what, first.url or "", first.reason, first.detail)
+        raise _systemic(work, failed)
+
+
+def _systemic(work: Work, failed: Sequence[Systemic]) -> BadWorld:
+    first = failed[0].first
+    num_rows, num_tried = sum(unit.rows for unit in failed), sum(unit.tried for unit in failed)
+    what = f"{finished(work)}, but {num_rows} of {num_tried} rows in {len(failed)} failed alike"
+    if first.reason in UNREACHED:
+        return unreachable(what, first.url or "", first.reason, first.detail)
+    return BadWorld(
+        f"{what}, e.g. {first.url}: {first.reason} ({first.detail}). So many failures of one kind "
+        "are no fault of the rows; nothing of these units was published. Find the cause (a proxy, "
+        "a ban, a broken library) and give the same command again; or, if it is right, add "
+        "download.accept_unreachable=true."
+    )
 
 
 def finished(work: Work) -> str:
@@ -146,9 +206,9 @@ def finished(work: Work) -> str:
     )
 
 
-def rules(cfg: PrepareConfig) -> dict[str, object]:
+def rules(cfg: PrepareConfig, policy: Policy) -> dict[str, object]:
     """Give the part of the config that decides what is published."""
-    plain = thaw(cfg)
+    plain = thaw(cfg) | {"policy": policy.facts}
     kept = {name: value for name, value in plain.items() if name not in _NO_RULES}
     download = plain["download"].items()
     kept["download"] = {k: value for k, value in download if k not in _NO_DOWNLOAD_RULES}
@@ -164,17 +224,18 @@ def make_manifest(cfg: PrepareConfig, work: Work) -> Manifest:
     """Add up the records of all units; the sum is the input, exactly."""
     records = [work.records[unit.name] for unit in work.units]
     rejected: Counter[str] = Counter()
-    for record in records:
-        rejected.update(record.rejected)
+    for counts in (*(plan.rejected for plan in work.generations), *(r.rejected for r in records)):
+        rejected.update(counts)
     manifest = Manifest(
         shards=tuple(record.shard for record in records if record.shard),
-        rows_in=sum(len(unit.rows) for unit in work.units),
+        rows_in=sum(plan.rows_in for plan in work.generations),
         rows_kept=sum(record.rows_kept for record in records),
         rejected=dict(sorted(rejected.items())),
         provenance={
-            "source_sha256": source_sha256(cfg),
-            "rules": rules(cfg),
+            "plan_sha256": [plan.plan_sha256 for plan in work.generations],
+            "rules": rules(cfg, work.policy),
             "rules_sha256": work.rules_sha256,
+            "policy_sha256": work.policy.sha256,
             "user_agent": cfg.download.user_agent,
             "versions": [dict(pairs) for pairs in sorted({_pairs(record) for record in records})],
         },
@@ -194,18 +255,24 @@ def _leftovers(dataset: Path, units: list[Unit]) -> list[str]:
 
 
 @contextmanager
-def locked(dataset: Path) -> Iterator[None]:
-    """Keep a second `kiln prepare` out of the dataset; the lock ends with the process."""
+def locked(dataset: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
+    """Keep other commands out of the dataset; the lock ends with the process.
+
+    Args:
+        dataset: The folder.
+        name: Which of its locks.
+        wait: Wait for the others, instead of raising.
+    """
     try:
         dataset.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise BadInput(f"dataset={dataset} is a file, need a folder.") from error
-    with (dataset / ".lock").open("w") as file:
+    with (dataset / name).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise BadWorld(
-                f"another `kiln prepare` is at work in {dataset}: wait for it."
+                f"another `kiln` command is at work in {dataset}: wait for it."
             ) from error
         yield
 

@@ -2,8 +2,13 @@
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,20 +17,22 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_prep.config import PrepareConfig
 from data_prep.guard import scheme_problem
+from data_prep.plan import Unit, read_rows
 from data_prep.quarantine import (
-    UNREACHED,
+    SYSTEMIC,
     Reason,
     Rejected,
     count_reasons,
     reason_of,
     write_quarantine,
 )
-from data_prep.rows import Row, Unit
+from data_prep.rows import Row
 from trainer.data.manifest import ShardEntry, describe_shard
 from trainer.data.publish import file_sha256, publish_json
 from trainer.data.shards import Sample, write_shard
 
-WORK = ".work"
+MIN_SYSTEMIC_ROWS = 20
+"""Fewer rows than this say nothing about the network or the tools."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,15 +59,17 @@ class UnitRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unreachable:
-    """Not one row of the unit could be fetched, and nothing was published."""
+class Systemic:
+    """Nearly all rows of the unit failed in ways that are not the rows' fault; it was dropped."""
 
     unit: str
     """Its name."""
     rows: int
-    """How many rows were tried."""
+    """How many rows failed so."""
+    tried: int
+    """How many were tried."""
     first: Rejected
-    """The first of them, as an example."""
+    """The first that failed for the most frequent of these reasons."""
 
 
 def record_path(dataset: Path, name: str) -> Path:
@@ -71,6 +80,11 @@ def record_path(dataset: Path, name: str) -> Path:
 def quarantine_path(dataset: Path, name: str) -> Path:
     """Where the rejected rows of a unit lie."""
     return dataset / "quarantine" / f"{name}.jsonl"
+
+
+def status_path(dataset: Path, name: str) -> Path:
+    """Where it lies what the unit's worker is doing, or did; no part of the dataset's identity."""
+    return dataset / "status" / f"{name}.json"
 
 
 def read_record(dataset: Path, name: str) -> UnitRecord | None:
@@ -104,28 +118,82 @@ def is_done(
 
 def publish_unit(
     unit: Unit, cfg: PrepareConfig, rules_sha256: str, on_row: Callable[[bool], None]
-) -> UnitRecord | Unreachable:
+) -> UnitRecord | Systemic:
     """Download a unit and publish it; the record is written last and makes it count as done."""
+    with _status(unit, cfg.dataset) as status:
+        result = _publish_unit(unit, cfg, rules_sha256, on_row)
+        if isinstance(result, UnitRecord):
+            status |= {"rows_kept": result.rows_kept, "rejected": result.rejected}
+        status["state"] = "done" if isinstance(result, UnitRecord) else "systemic failure"
+        return result
+
+
+@contextmanager
+def _status(unit: Unit, dataset: Path) -> Iterator[dict[str, Any]]:
+    """Publish what a unit's worker is at, when it starts and when it ends."""
+    path, started_s = status_path(dataset, unit.name), time.monotonic()
+    status: dict[str, Any] = {
+        "state": "running",
+        "rows": unit.rows,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started_unix_s": round(time.time(), 3),
+    }
+    publish_json(path, status)
+    status["state"] = "failed"
+    try:
+        yield status
+    finally:
+        status["elapsed_s"] = round(time.monotonic() - started_s, 3)
+        # What is wrong here is wrong for the unit as well, and reported there.
+        with suppress(OSError):
+            publish_json(path, status)
+
+
+def _publish_unit(
+    unit: Unit, cfg: PrepareConfig, rules_sha256: str, on_row: Callable[[bool], None]
+) -> UnitRecord | Systemic:
     dataset, name = cfg.dataset, unit.name
     retract_unit(dataset, name)
-    rejected, candidates = sift(unit.rows)
+    rejected, candidates = sift(read_rows(dataset, unit))
     num_sifted = len(rejected)
-    work = dataset / WORK / name
+    work = cfg.scratch_folder / name
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     shard: ShardEntry | None = None
     try:
         if candidates:
             samples = _samples(candidates, work, cfg, rejected, on_row)
             shard = _publish_shard(dataset, f"shards/{name}.tar", samples)
-        if shard is None and not cfg.download.accept_unreachable:
-            unreached = [row for row in rejected if row.reason in UNREACHED]
-            if candidates and len(unreached) == len(candidates):
-                return Unreachable(unit=name, rows=len(unreached), first=unreached[0])
+        if not cfg.download.accept_unreachable:
+            problem = systemic(name, rejected, len(candidates), cfg.download.max_failed_frac)
+            if problem is not None:
+                retract_unit(dataset, name)
+                return problem
         for _ in range(num_sifted):
             on_row(False)
         return _finish(unit, cfg, rules_sha256, rejected, shard)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def systemic(
+    unit: str, rejected: Sequence[Rejected], tried: int, max_failed_frac: float
+) -> Systemic | None:
+    """Say whether so many rows failed for reasons of the network or of the tools that none counts.
+
+    Args:
+        unit: Its name.
+        rejected: What became of the rows that were not kept.
+        tried: Rows of which a download was tried.
+        max_failed_frac: The largest share of them that is borne.
+    """
+    failed = [row for row in rejected if row.reason in SYSTEMIC]
+    if tried < MIN_SYSTEMIC_ROWS or len(failed) <= max_failed_frac * tried:
+        return None
+    ((most, _),) = Counter(row.reason for row in failed).most_common(1)
+    first = next(row for row in failed if row.reason == most)
+    return Systemic(unit=unit, rows=len(failed), tried=tried, first=first)
 
 
 def _finish(
@@ -139,12 +207,12 @@ def _finish(
 
     rejected.sort(key=lambda row: (row.key, row.reason, row.detail))
     kept = shard.count if shard else 0
-    assert kept + len(rejected) == len(unit.rows), f"unit {unit.name}: rows do not add up"
+    assert kept + len(rejected) == unit.rows, f"unit {unit.name}: rows do not add up"
     quarantine = quarantine_path(cfg.dataset, unit.name)
     write_quarantine(quarantine, rejected)
     record = UnitRecord(
         input_sha256=unit.input_sha256(rules_sha256),
-        rows_in=len(unit.rows),
+        rows_in=unit.rows,
         rejected=count_reasons(rejected),
         quarantine_sha256=file_sha256(quarantine),
         shard=shard,
@@ -163,27 +231,17 @@ def retract_unit(dataset: Path, name: str) -> None:
         quarantine_path(dataset, name),
     ):
         path.unlink(missing_ok=True)
-    shutil.rmtree(dataset / WORK / name, ignore_errors=True)
 
 
 def sift(rows: Iterable[Row]) -> tuple[list[Rejected], list[Row]]:
-    """Part sorted rows into those that need not be fetched, with the reason, and the others."""
+    """Part rows into those that need not be fetched, with the reason, and the others."""
     rejected: list[Rejected] = []
     candidates: list[Row] = []
     for row in rows:
-        problem: tuple[Reason, str] | None = None
-        if not row.url:
-            problem = Reason.MISSING_URL, ""
-        elif not row.caption:
-            problem = Reason.MISSING_CAPTION, ""
-        elif candidates and candidates[-1].key == row.key:
-            problem = Reason.DUPLICATE, "same URL and caption as the row that was kept"
-        elif scheme := scheme_problem(row.url):
-            problem = Reason.SCHEME_REFUSED, scheme
-        if problem is None:
-            candidates.append(row)
+        if problem := scheme_problem(row.url):
+            rejected.append(_rejected(row, "source", Reason.SCHEME_REFUSED, problem))
         else:
-            rejected.append(_rejected(row, "source", *problem))
+            candidates.append(row)
     return rejected, candidates
 
 
@@ -213,11 +271,13 @@ def _samples(
 
 def make_sample(row: Row, image: bytes, facts: dict[str, Any], extension: str) -> Sample:
     """Build what the tar and the index store for a kept row."""
-    about = json.loads(row.extra_json) | facts
+    about = row.extra | facts
     about |= {"key": row.key, "url": row.url, "caption": row.caption}
     members = {
         extension: image,
-        "json": json.dumps(about, sort_keys=True, ensure_ascii=False).encode(errors="replace"),
+        "json": json.dumps(about, sort_keys=True, ensure_ascii=False, default=str).encode(
+            errors="replace"
+        ),
         "txt": row.caption.encode(errors="replace"),
     }
     columns = {

@@ -36,6 +36,11 @@ class Reason(StrEnum):
 UNREACHED = frozenset({Reason.CONNECTION, Reason.TIMEOUT, Reason.ADDRESS_REFUSED})
 """Reasons that, when every row of a unit has one, speak of the network and not of the rows."""
 
+SYSTEMIC = frozenset(
+    {*UNREACHED, Reason.UNDECODABLE, Reason.OTHER, "http_403", "http_429", "http_503"}
+)
+"""Reasons that speak of the network or of the tools when nearly every row of a unit has one."""
+
 # img2dataset hands every failure on as text. Ours carry their reason in it; the others are
 # recognised by what urllib, http.client and img2dataset 1.47 say.
 _MARK = "kiln-reason="

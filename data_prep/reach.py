@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 from data_prep.config import DownloadConfig
 from data_prep.guard import connect, is_public, scheme_problem
 from data_prep.quarantine import Reason, reason_of
-from data_prep.rows import Row
 from trainer.errors import BadWorld
 
 NUM_HOSTS = 16
@@ -18,18 +17,18 @@ _TIMEOUT_S = 3.0
 _PATIENCE_S = 3.0  # a server that was started together with the command may need a moment
 
 
-def check_reachable(rows: Iterable[Row], cfg: DownloadConfig) -> None:
-    """Connect to the first few hosts of `rows`; nothing is requested.
+def check_reachable(urls: Iterable[str], cfg: DownloadConfig) -> None:
+    """Connect to the first few hosts of `urls`; nothing is requested.
 
     Raises:
         BadWorld: Not one of them takes a connection, so starting the work would be in vain.
     """
     hosts: dict[tuple[str, int], str] = {}
-    for row in islice((row for row in rows if scheme_problem(row.url) is None), 1000):
-        parts = urlsplit(row.url)
+    for url in islice((url for url in urls if scheme_problem(url) is None), 1000):
+        parts = urlsplit(url)
         with suppress(ValueError):  # a port that is no number
             port = parts.port or {"http": 80, "https": 443}[parts.scheme.lower()]
-            hosts.setdefault((parts.hostname or "", port), row.url)
+            hosts.setdefault((parts.hostname or "", port), url)
         if len(hosts) == NUM_HOSTS:
             break
     if not hosts:

@@ -1,135 +1,192 @@
-"""Read the source parquet, give every row its stable id, and cut the rows into units."""
+"""Read rows of image-text metadata with DuckDB: any number of parquet, csv or jsonl files."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import duckdb
+import fsspec
 
-from data_prep.config import ColumnsConfig, PrepareConfig
-from trainer.data.publish import file_sha256
+from data_prep.config import ColumnsConfig
+from data_prep.policy import identifier, literal
 from trainer.errors import BadInput
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class Row:
-    """One row of the source. Rows sort by key; equal keys by everything else they carry."""
-
-    key: str
-    """Stable id: `row_key` of the URL and the caption."""
-    extra_json: str
-    """The extra columns as JSON with sorted keys, without nulls."""
-    url: str
-    """Empty if the source has none."""
-    caption: str
-    """Empty if the source has none."""
+_READERS = {
+    ".parquet": "read_parquet({}, union_by_name=true)",
+    ".csv": "read_csv({}, union_by_name=true, header=true, all_varchar=true)",
+    ".tsv": "read_csv({}, union_by_name=true, header=true, all_varchar=true, delim='\\t')",
+    ".jsonl": "read_json({}, union_by_name=true, format='newline_delimited')",
+}
+_PACKED = (".gz", ".zst")
+_FORMATS = f"{', '.join(_READERS)} (csv, tsv and jsonl also as .gz or .zst)"
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """The smallest piece of work that is done or not done; its kept rows become one shard."""
+class Row:
+    """One row that is to be downloaded."""
 
-    number: int
-    """From 0; the name of its files."""
-    rows: tuple[Row, ...]
-    """Sorted; equal rows are in the same unit."""
-
-    @property
-    def name(self) -> str:
-        """The number as the files have it."""
-        return f"{self.number:05d}"
-
-    def input_sha256(self, rules_sha256: str) -> str:
-        """Hash everything that decides what this unit publishes, besides the network."""
-        digest = hashlib.sha256(rules_sha256.encode())
-        for row in self.rows:
-            digest.update(json.dumps([row.key, row.extra_json, row.url, row.caption]).encode())
-        return digest.hexdigest()
+    key: str
+    """Stable id: `row_key` of the URL and the caption."""
+    url: str
+    caption: str
+    extra: dict[str, Any]
+    """The extra columns that have a value."""
 
 
 def row_key(url: str, caption: str) -> str:
-    """Give the 64-bit stable id of a row as 16 hex digits."""
-    text = f"{url}\0{caption}".encode(errors="replace")
-    return hashlib.blake2b(text, digest_size=8).hexdigest()
+    """Give the 64-bit stable id of a row as 16 hex digits: the last half of an md5.
 
-
-def source_files(rows: Path) -> list[Path]:
-    """List the parquet files of a source, in order of their names."""
-    if not rows.exists():
-        raise BadInput(
-            f"rows={rows} is not there. Give a parquet file with URLs and captions, or a folder of "
-            "them; `kiln source kind=scenes out=...` makes one to try."
-        )
-    files = sorted(rows.glob("*.parquet")) if rows.is_dir() else [rows]
-    if not files:
-        raise BadInput(f"rows={rows} is a folder without *.parquet files.")
-    return files
-
-
-def read_units(cfg: PrepareConfig) -> list[Unit]:
-    """Read the source and cut it into units.
-
-    Membership depends on the rows alone: not on their order, nor on how they are split into files.
+    The hash is DuckDB's `md5_number_lower`, so that ids are made where the rows are read. Of n rows
+    about n^2 / 2^65 share an id with another by chance: one in 5.5e9 rows.
     """
-    rows = [row for path in source_files(cfg.rows) for row in _read_rows(path, cfg.columns)]
-    if not rows:
-        raise BadInput(f"rows={cfg.rows} has no rows: nothing to download. Give another file.")
-    return cut(rows, cfg.shard_rows)
+    digest = hashlib.md5(f"{url}\0{caption}".encode(), usedforsecurity=False).digest()
+    return f"{int.from_bytes(digest[8:], 'little'):016x}"
 
 
-def cut(rows: Sequence[Row], shard_rows: int) -> list[Unit]:
-    """Sort rows and cut them after every `shard_rows` distinct keys."""
-    units: list[list[Row]] = []
-    num_distinct, last_key = 0, ""
-    for row in sorted(rows):
-        if row.key != last_key:
-            if num_distinct % shard_rows == 0:
-                units.append([])
-            num_distinct, last_key = num_distinct + 1, row.key
-        units[-1].append(row)
-    return [Unit(number, tuple(members)) for number, members in enumerate(units)]
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a source, as far as it can be known without reading it."""
+
+    name: str
+    """Path or URL."""
+    bytes: int
+    """Size."""
+    state: str
+    """Modification time or entity tag: another one means other content."""
 
 
-def source_sha256(cfg: PrepareConfig) -> list[str]:
-    """Hash the source's files, sorted by hash."""
-    return sorted(file_sha256(path) for path in source_files(cfg.rows))
+def source_files(rows: str) -> list[SourceFile]:
+    """List the files of a source, in order of their names.
 
+    Args:
+        rows: A file, a folder or a glob, local or an fsspec URL.
 
-def _read_rows(path: Path, columns: ColumnsConfig) -> list[Row]:
+    Raises:
+        BadInput: There are none, or they are of several kinds.
+    """
     try:
-        present = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BadInput(f"{path} is no readable parquet file: {error}") from error
-    for key in ("url", "caption"):
-        name = getattr(columns, key)
-        if name not in present:
-            raise BadInput(
-                f"{path} has no column '{name}'; it has {', '.join(present) or 'none'}. "
-                f"Name the right one with columns.{key}=..."
-            )
-    extra = [name for name in columns.extra if name in present]
-    table = pq.read_table(path, columns=[columns.url, columns.caption, *extra])
-    # to_pylist of single columns: a row's dict of all columns would take ten times the memory.
-    urls, captions = (_texts(table[name]) for name in (columns.url, columns.caption))
-    extras = [table[name].to_pylist() for name in extra]
+        fs, path = fsspec.core.url_to_fs(rows, use_listings_cache=False)
+        names = _list(fs, path)
+        infos = [fs.info(name) for name in names]
+    except (ImportError, ValueError) as error:
+        raise BadInput(f"rows={rows} cannot be opened: {error}") from error
+    except FileNotFoundError:
+        names, infos = [], []
+    if not names:
+        raise BadInput(
+            f"rows={rows} is not there, or has no files of the kinds {_FORMATS}. Give a file of "
+            "URLs and captions, a folder or a glob; `kiln source kind=scenes out=...` makes one "
+            "to try."
+        )
+    kinds = sorted({_kind(name) for name in names})
+    if len(kinds) > 1:
+        raise BadInput(f"rows={rows} has files of several kinds ({', '.join(kinds)}): give a glob.")
+    local = "file" in fs.protocol
     return [
-        Row(row_key(url, text), _extra_json(extra, values), url, text)
-        for url, text, *values in zip(urls, captions, *extras, strict=True)
+        SourceFile(
+            name=name if local else fs.unstrip_protocol(name),
+            bytes=int(info["size"]),
+            state=str(info.get("ETag") or info.get("mtime") or info.get("created") or ""),
+        )
+        for name, info in zip(names, infos, strict=True)
     ]
 
 
-def _texts(column: pa.ChunkedArray) -> list[str]:
-    return ["" if value is None else str(value).strip() for value in column.to_pylist()]
+def _list(fs: Any, path: str) -> list[str]:  # noqa: ANN401 - fsspec has no types
+    if fs.isdir(path):
+        found = fs.find(path)
+    else:
+        found = fs.glob(path) if any(letter in path for letter in "*?[") else [path]
+    return sorted(str(name) for name in found if _kind(name) in _READERS or name == path)
 
 
-def _extra_json(names: Sequence[str], values: Sequence[Any]) -> str:
-    present = {
-        name: value
-        for name, value in zip(names, values, strict=True)
-        if value is not None and value == value  # noqa: PLR0124 - NaN is no JSON
-    }
-    return json.dumps(present, sort_keys=True, ensure_ascii=False, default=str)
+def _kind(name: str) -> str:
+    path = PurePosixPath(name.lower())
+    return PurePosixPath(path.stem).suffix if path.suffix in _PACKED else path.suffix
+
+
+def connect(scratch: Path, *, memory_gb: float, threads: int) -> duckdb.DuckDBPyConnection:
+    """Open DuckDB in memory, with a limit; what does not fit is spilled to `scratch`."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    return duckdb.connect(
+        config={
+            "memory_limit": f"{memory_gb}GB",
+            "threads": threads,
+            "temp_directory": str(scratch),
+            # Neither code nor settings from outside.
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        }
+    )
+
+
+def open_source(
+    connection: duckdb.DuckDBPyConnection, files: Sequence[SourceFile], columns: ColumnsConfig
+) -> list[str]:
+    """Create the view `source` over the files; return its columns.
+
+    Raises:
+        BadInput: A file is not what its name says, or the URL or caption column is missing.
+    """
+    kind = _kind(files[0].name)
+    if kind not in _READERS:
+        raise BadInput(f"{files[0].name}: a source is of the kinds {_FORMATS}.")
+    if "://" in files[0].name:
+        connection.register_filesystem(fsspec.core.url_to_fs(files[0].name)[0])
+    names = "[" + ", ".join(literal(file.name) for file in files) + "]"
+    try:
+        connection.execute(
+            f"CREATE OR REPLACE TEMP VIEW source AS SELECT * FROM {_READERS[kind].format(names)}"
+        )
+        found = [str(row[0]) for row in connection.execute("DESCRIBE source").fetchall()]
+    except duckdb.Error as error:
+        raise unreadable(files, error) from error
+    lower = {name.lower() for name in found}
+    for key in ("url", "caption"):
+        name = getattr(columns, key)
+        if name.lower() not in lower:
+            raise BadInput(
+                f"{files[0].name} has no column '{name}'; it has {', '.join(found) or 'none'}. "
+                f"Name the right one with columns.{key}=..."
+            )
+    return found
+
+
+def unreadable(files: Sequence[SourceFile], error: duckdb.Error) -> BadInput:
+    """Build the error for a source that DuckDB gives up on."""
+    first = str(error).splitlines()[0]
+    kind = _kind(files[0].name).removeprefix(".")
+    named = files[0].name if len(files) == 1 else f"one of {len(files)} files"
+    return BadInput(f"{named} is no readable {kind} file: {first}")
+
+
+def rows_sql(columns: ColumnsConfig, found: Sequence[str], broken_rule: str) -> str:
+    """Give SQL over `source` for key, url, caption, reason (null: keep), and `extra.NAME` columns.
+
+    Args:
+        columns: What the columns are called.
+        found: The columns that are there.
+        broken_rule: SQL for the reason, over `kiln_url`, `kiln_caption`, `kiln_host`
+            and the source's columns.
+    """
+    there = {name.lower(): name for name in found}
+    extras = [identifier(there[name.lower()]) for name in columns.extra if name.lower() in there]
+    carried = "".join(f", {name} AS {identifier('extra.' + name[1:-1])}" for name in extras)
+    url, caption = (_text(there[name.lower()]) for name in (columns.url, columns.caption))
+    host = (
+        r"regexp_extract(lower(kiln_url), "
+        r"'^https?://(?:[^/?#]*@)?(\[[^/?#\]]*\]|[^/:?#\\]+)', 1)"
+    )
+    return (
+        f"WITH texts AS (SELECT *, {url} AS kiln_url, {caption} AS kiln_caption FROM source), "
+        f"hosts AS (SELECT *, {host} AS kiln_host FROM texts) "
+        "SELECT md5_number_lower(kiln_url || chr(0) || kiln_caption) AS key, kiln_url AS url, "
+        f"kiln_caption AS caption, {broken_rule} AS reason{carried} FROM hosts"
+    )
+
+
+def _text(name: str) -> str:
+    space = "chr(32) || chr(9) || chr(10) || chr(11) || chr(12) || chr(13)"
+    return f"trim(coalesce(CAST({identifier(name)} AS VARCHAR), ''), {space})"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -113,6 +114,9 @@ def repeated_keys(keys: dict[str, list[str]]) -> Iterator[str]:
 def quarantine_problems(dataset: Path, manifest: Manifest) -> Iterator[str]:
     """Compare the quarantine files with the manifest: rows in == kept + rejected."""
     counts: Counter[str] = Counter()
+    for path in sorted((dataset / "quarantine").glob("plan-*.parquet")):
+        with path.open("rb") as file:
+            counts.update(pq.read_table(file, columns=["reason"])["reason"].to_pylist())
     for path in sorted((dataset / "quarantine").glob("*.jsonl")):
         try:
             counts.update(row.reason for row in read_quarantine(path))

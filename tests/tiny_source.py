@@ -1,10 +1,19 @@
 """A tiny painted source with every fault, and the config to prepare it."""
 
 import hashlib
+import shutil
 import socket
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_prep import sources
 from data_prep.config import PrepareConfig, SourceConfig
+from data_prep.plan import list_units, make_plan
+from data_prep.policy import load_policy
+from data_prep.prepare import hash_rules, make_manifest, make_work, rules
+from data_prep.publish import UnitRecord, publish_unit
+from trainer.data.manifest import save_manifest
 from trainer.frozen import compose
 
 NUM_PICTURES = 80
@@ -70,9 +79,42 @@ def prepare_cfg(source, dataset, *more):
 
 def tree_hashes(dataset):
     """Relative path -> sha256 of everything that a run must reproduce."""
-    skip = {"ledger.jsonl", ".lock"}
+    skip = {"ledger.jsonl", "sources.json"}
     return {
         path.relative_to(dataset).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(dataset.rglob("*"))
-        if path.is_file() and path.name not in skip
+        if path.is_file()
+        and path.name not in skip
+        and path.parent.name != "status"
+        and not path.name.startswith(".")
     }
+
+
+def plan_units(cfg):
+    """Plan the source of a config; give its units."""
+    policy = load_policy(cfg.policy)
+    return list_units(make_plan(cfg, policy, cfg.scratch_folder))
+
+
+def publish_here(cfg):
+    """Publish a dataset in this process, unit after unit."""
+    work = make_work(cfg, load_policy(cfg.policy))
+    for unit in work.todo:
+        record = publish_unit(unit, cfg, work.rules_sha256, lambda kept: None)
+        assert isinstance(record, UnitRecord)
+        work.records[unit.name] = record
+    save_manifest(cfg.dataset, make_manifest(cfg, work))
+    shutil.rmtree(cfg.scratch_folder)
+
+
+def rules_hash(cfg):
+    """The hash of a config's rules."""
+    return hash_rules(rules(cfg, load_policy(cfg.policy)))
+
+
+def write_rows(path, *rows):
+    """Write (url, caption) pairs, and dicts of further columns, as a source; give its path."""
+    full = [{"URL": url, "TEXT": text, **(more[0] if more else {})} for url, text, *more in rows]
+    names = dict.fromkeys(name for row in full for name in row)
+    pq.write_table(pa.table({name: [row.get(name) for row in full] for name in names}), path)
+    return path

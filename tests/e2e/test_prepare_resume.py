@@ -7,12 +7,14 @@ import time
 
 import pytest
 
-from data_prep.prepare import hash_rules, make_manifest, rules, survey
-from data_prep.publish import publish_unit
-from data_prep.rows import read_units
 from data_prep.serve import serving
-from tests.tiny_source import make_source, prepare_cfg, prepare_overrides, tree_hashes
-from trainer.data.manifest import save_manifest
+from tests.tiny_source import (
+    make_source,
+    prepare_cfg,
+    prepare_overrides,
+    publish_here,
+    tree_hashes,
+)
 
 # One download at a time and small units, so that there is time to stop in the middle.
 SLOWLY = ("shard_rows=2", "threads=1", "processes=1")
@@ -30,12 +32,7 @@ def source(tmp_path_factory):
 def uninterrupted(source, tmp_path_factory):
     """Hashes of all files of a dataset that was published in one go, in this process."""
     cfg = prepare_cfg(source, tmp_path_factory.mktemp("whole"), "shard_rows=2")
-    units = read_units(cfg)
-    for unit in units:
-        publish_unit(unit, cfg, hash_rules(rules(cfg)), lambda kept: None)
-    # The number of threads is no rule, so the records are those of the slow command.
-    save_manifest(cfg.dataset, make_manifest(cfg, survey(cfg, units)))
-    (cfg.dataset / ".work").rmdir()
+    publish_here(cfg)  # the number of threads is no rule: the records are the slow command's
     return tree_hashes(cfg.dataset)
 
 

@@ -7,13 +7,21 @@ import shutil
 import socket
 import threading
 import time
+from importlib.resources import files
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.prepare import locked, main, rules, run
-from tests.tiny_source import FAULTY, NUM_PICTURES, prepare_cfg, prepare_overrides, tree_hashes
+from data_prep.prepare import locked, main, run
+from tests.tiny_source import (
+    FAULTY,
+    NUM_PICTURES,
+    prepare_cfg,
+    prepare_overrides,
+    rules_hash,
+    tree_hashes,
+)
 from trainer.data.manifest import check_files, load_manifest
 from trainer.errors import BadInput, BadWorld
 from trainer.observe.accounts import totals
@@ -42,7 +50,8 @@ def test_the_sum_of_the_rows_is_exact(dataset):
 
 def test_the_manifest_tells_where_the_data_came_from(dataset):
     provenance = load_manifest(dataset).provenance
-    assert len(provenance["source_sha256"]) == 1
+    assert len(provenance["plan_sha256"]) == 1
+    assert provenance["rules"]["policy"]["safety"] == "unstated"
     assert provenance["rules"]["download"]["robots_directives"][0] == "noai"
     assert provenance["versions"][0]["img2dataset"] == "1.47.0"
 
@@ -71,8 +80,7 @@ def test_the_order_of_the_rows_changes_no_shard(served, dataset, tmp_path):
     before, copy = load_manifest(dataset), shutil.copytree(dataset, tmp_path / "copy")
     assert run(prepare_cfg(served, copy, f"rows={shuffled}")) == 0
     after = load_manifest(copy)
-    assert after.fingerprint == before.fingerprint
-    assert after.provenance["source_sha256"] != before.provenance["source_sha256"]
+    assert after == before
     # Nothing was downloaded.
     assert (copy / "ledger.jsonl").read_bytes() == (dataset / "ledger.jsonl").read_bytes()
 
@@ -93,15 +101,75 @@ def test_other_rules_replace_every_unit(served, dataset, tmp_path):
     copy = shutil.copytree(dataset, tmp_path / "copy")
     assert run(prepare_cfg(served, copy, "shard_rows=50")) == 0
     assert [shard.number for shard in load_manifest(copy).shards] == ["00000", "00001"]
-    assert {path.stem for path in copy.glob("*/0*")} == {"00000", "00001"}
+    assert {path.stem for path in copy.glob("[!ps]*/0*")} == {"00000", "00001"}
 
 
 def test_only_what_shapes_the_data_is_a_rule(source, tmp_path):
-    plain = rules(prepare_cfg(source, tmp_path))
+    plain = rules_hash(prepare_cfg(source, tmp_path))
     same = ("processes=2", "threads=1", "recheck=hashes", "download.accept_unreachable=true")
-    assert rules(prepare_cfg(source, tmp_path / "x", *same)) == plain
-    assert rules(prepare_cfg(source, tmp_path, "download.max_body_bytes=9")) != plain
-    assert rules(prepare_cfg(source, tmp_path, "encode_quality=9")) != plain
+    parts = ("parts=3", "part=1", "scratch=/tmp/x", "plan_memory_gb=9")
+    assert rules_hash(prepare_cfg(source, tmp_path / "x", *same, *parts)) == plain
+    for other in ("download.max_body_bytes=9", "encode_quality=9", "policy=relaion"):
+        assert rules_hash(prepare_cfg(source, tmp_path, other)) != plain
+
+
+def test_parts_together_publish_what_one_command_does(served, dataset, tmp_path, capsys):
+    for part in (2, 0, 1):
+        assert not (tmp_path / "manifest.json").exists()
+        assert run(prepare_cfg(served, tmp_path, "parts=3", f"part={part}")) == 0
+    said = capsys.readouterr().out
+    assert "part 2 of 3 is done; 1 of 4 units" in said
+    assert tree_hashes(tmp_path) == tree_hashes(dataset)
+
+
+def test_a_part_that_is_not_there_is_refused(source, tmp_path):
+    with pytest.raises(BadInput, match="part=3, need 0 to parts - 1 = 2"):
+        prepare_cfg(source, tmp_path, "parts=3", "part=3")
+
+
+def test_more_rows_only_add_shards(served, tmp_path):
+    rows = pq.read_table(served / "rows.parquet")
+    first, whole = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    pq.write_table(rows.slice(0, 40), first)
+    pq.write_table(rows, whole)
+    dataset = tmp_path / "d"
+    assert run(prepare_cfg(served, dataset, f"rows={first}")) == 0
+    before, shards = load_manifest(dataset), tree_hashes(dataset / "shards")
+    assert run(prepare_cfg(served, dataset, f"rows={whole}")) == 0
+    after = load_manifest(dataset)
+    assert after.shards[: len(before.shards)] == before.shards
+    assert tree_hashes(dataset / "shards").items() > shards.items()
+    distinct = len({row["URL"] for row in rows.to_pylist()})
+    known_twins = after.rows_in - len(rows)
+    assert -FAULTY["duplicate"][0] <= known_twins <= 0  # twins of planned rows are not new
+    assert after.rows_kept + after.rows_rejected - after.rejected.get("duplicate", 0) == distinct
+    assert after.fingerprint != before.fingerprint
+
+
+def test_a_policy_rejects_before_anything_is_fetched_and_is_in_the_manifest(served, tmp_path):
+    policy = tmp_path / "mine.yaml"
+    policy.write_text((files("conf") / "policies" / "plain.yaml").read_text())
+    policy.write_text(policy.read_text().replace("min_side_px: null", "min_side_px: 100"))
+    rows = pq.read_table(served / "rows.parquet").to_pylist()
+    small = sum(min(row["width"], row["height"]) < 100 for row in rows)
+    assert run(prepare_cfg(served, tmp_path / "d", f"policy={policy}")) == 0
+    manifest = load_manifest(tmp_path / "d")
+    assert manifest.rejected["rule_min_side_px"] == small > 0
+    assert manifest.rows_in == len(rows)
+    assert manifest.provenance["rules"]["policy"]["min_side_px"] == 100
+
+
+def test_rows_of_another_source_are_not_dropped_by_other_rules(served, tmp_path):
+    rows = pq.read_table(served / "rows.parquet")
+    for name, part in (("a", rows.slice(0, 40)), ("b", rows.slice(40))):
+        pq.write_table(part, tmp_path / f"{name}.parquet")
+        assert run(prepare_cfg(served, tmp_path / "d", f"rows={tmp_path / name}.parquet")) == 0
+    words = (f"rows={tmp_path}/b.parquet", "shard_rows=7")
+    with pytest.raises(BadInput, match=r"has rows of .*a.parquet, which .*Give rows= for all"):
+        run(prepare_cfg(served, tmp_path / "d", *words))
+    words = (f"rows={tmp_path}/*.parquet", "shard_rows=50")
+    assert run(prepare_cfg(served, tmp_path / "d", *words)) == 0
+    assert load_manifest(tmp_path / "d").rows_in == len(rows)
 
 
 def rows_at(address, source, tmp_path):
@@ -126,14 +194,14 @@ def test_a_source_that_cannot_be_reached_is_explained_at_once(source, tmp_path, 
     cfg = prepare_cfg(source, tmp_path / "d", f"rows={rows_at(address, source, tmp_path)}")
     with pytest.raises(BadWorld, match=says):
         run(cfg)
-    assert not list((tmp_path / "d").glob("*/*"))
+    assert not list((tmp_path / "d").glob("units/*"))
 
 
 def test_a_server_that_never_answers_stops_the_command_with_nothing_published(source, tmp_path):
     with socket.create_server(("127.0.0.1", 0), backlog=256) as silent:
         rows = rows_at(f"127.0.0.1:{silent.getsockname()[1]}", source, tmp_path)
         more = (f"rows={rows}", "threads=64", "download.timeout_s=0.2")
-        with pytest.raises(BadWorld, match=r"0 of 4 units .*not one of 2\d rows in 1.*timeout"):
+        with pytest.raises(BadWorld, match=r"0 of 4 units .*2\d of 2\d rows in 1.*timeout"):
             run(prepare_cfg(source, tmp_path / "d", *more))
     assert not list((tmp_path / "d").glob("units/*"))
     assert not (tmp_path / "d" / "manifest.json").exists()
@@ -161,7 +229,7 @@ def test_a_quality_that_a_format_does_not_have_is_refused(source, tmp_path, kind
 
 
 def test_two_at_once_are_kept_apart(tmp_path):
-    with locked(tmp_path), pytest.raises(BadWorld, match="another `kiln prepare` is at work"):
+    with locked(tmp_path), pytest.raises(BadWorld, match="another `kiln` command is at work"):
         locked(tmp_path).__enter__()
 
 

@@ -1,27 +1,51 @@
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from data_prep.prepare import hash_rules, rules
-from data_prep.publish import Unreachable, is_done, publish_unit, read_record, sift
-from data_prep.quarantine import read_quarantine, write_quarantine
-from data_prep.rows import Row, Unit, cut, read_units, row_key
-from tests.tiny_source import FAULTY, NUM_PICTURES, NUM_REDIRECTED, prepare_cfg, tree_hashes
+from data_prep.plan import read_rows
+from data_prep.publish import Systemic, is_done, publish_unit, read_record, sift, systemic
+from data_prep.quarantine import Rejected, read_quarantine, write_quarantine
+from data_prep.rows import Row, row_key
+from tests.tiny_source import (
+    FAULTY,
+    NUM_PICTURES,
+    NUM_REDIRECTED,
+    plan_units,
+    prepare_cfg,
+    rules_hash,
+    tree_hashes,
+    write_rows,
+)
 from trainer.data.shards import Shard, read_index
 from trainer.errors import BadInput
 
 
-def row(url, caption="a caption", extra="{}"):
-    return Row(row_key(url, caption), extra, url, caption)
+def row(url, caption="a caption"):
+    return Row(row_key(url, caption), url, caption, {})
+
+
+def planned(tmp_path, *pairs, more=()):
+    """The config and the one unit of a source of these rows."""
+    rows = write_rows(tmp_path / "rows.parquet", *pairs)
+    cfg = prepare_cfg(tmp_path, tmp_path / "d", f"rows={rows}", "shard_rows=1000", *more)
+    (unit,) = plan_units(cfg)
+    return cfg, unit
+
+
+def source_of(cfg):
+    return Path(cfg.rows).parent
 
 
 def publish(unit, cfg):
     counted = []
-    result = publish_unit(unit, cfg, hash_rules(rules(cfg)), counted.append)
+    result = publish_unit(unit, cfg, rules_hash(cfg), counted.append)
     return result, Counter(counted)
 
 
@@ -29,7 +53,7 @@ def publish(unit, cfg):
 def whole(served, tmp_path_factory):
     """The tiny source published as one unit: (config, unit, record, rows counted)."""
     cfg = prepare_cfg(served, tmp_path_factory.mktemp("dataset"), "shard_rows=1000")
-    (unit,) = read_units(cfg)
+    (unit,) = plan_units(cfg)
     record, counted = publish(unit, cfg)
     return cfg, unit, record, counted
 
@@ -38,13 +62,13 @@ def expected_reasons():
     counts = Counter()
     for count, reason in FAULTY.values():
         counts[reason] += count
+    del counts["duplicate"]  # the plan has none
     return dict(counts)
 
 
 def test_every_fault_lands_in_its_reason_and_every_row_counts_once(whole):
     _, unit, record, counted = whole
-    duplicates = FAULTY["duplicate"][0]
-    assert record.rows_in == len(unit.rows) == NUM_PICTURES + duplicates
+    assert record.rows_in == unit.rows == NUM_PICTURES
     assert record.rejected == dict(sorted(expected_reasons().items()))
     assert record.rows_kept + sum(record.rejected.values()) == record.rows_in
     assert counted == {True: record.rows_kept, False: sum(record.rejected.values())}
@@ -52,17 +76,18 @@ def test_every_fault_lands_in_its_reason_and_every_row_counts_once(whole):
 
 def test_redirected_rows_are_kept(whole):
     cfg, unit, _, _ = whole
-    faults = json.loads((cfg.rows.parent / "faults.json").read_text())
+    faults = json.loads((source_of(cfg) / "faults.json").read_text())
     moved = {path for path, fault in faults.items() if fault["kind"] == "redirect"}
     kept = set(read_index(cfg.dataset / "index" / "00000.parquet")["key"].to_pylist())
-    keys = {r.key for r in unit.rows if urlsplit(r.url).path in moved}
+    keys = {r.key for r in read_rows(cfg.dataset, unit) if urlsplit(r.url).path in moved}
     assert len(keys) == NUM_REDIRECTED
     assert keys <= kept
 
 
 def test_the_same_unit_again_is_the_same_byte_for_byte(whole, tmp_path):
     cfg, unit, record, _ = whole
-    again = prepare_cfg(cfg.rows.parent, tmp_path, "shard_rows=1000", "threads=3")
+    again = prepare_cfg(source_of(cfg), tmp_path, "shard_rows=1000", "threads=3")
+    assert plan_units(again) == [unit]
     assert publish(unit, again)[0] == record
     assert tree_hashes(tmp_path) == tree_hashes(cfg.dataset)
 
@@ -72,7 +97,7 @@ def test_webdataset_reads_the_shard_unchanged(whole):
     cfg, unit, record, _ = whole
     path = cfg.dataset / record.shard.name
     samples = list(wds.WebDataset(str(path), shardshuffle=False).decode("rgb8"))
-    captions = {r.key: r.caption for r in unit.rows}
+    captions = {r.key: r.caption for r in read_rows(cfg.dataset, unit)}
     assert len(samples) == record.rows_kept
     for sample in samples:
         assert sample["jpg"].shape == (32, 32, 3)
@@ -92,7 +117,7 @@ def test_the_index_tells_what_the_tar_holds(whole):
 
 def test_a_unit_is_done_until_its_rows_rules_or_files_change(whole):
     cfg, unit, record, _ = whole
-    dataset, sha256 = cfg.dataset, hash_rules(rules(cfg))
+    dataset, sha256 = cfg.dataset, rules_hash(cfg)
     assert read_record(dataset, unit.name) == record
 
     def done(unit=unit, sha256=sha256, hashes=False):
@@ -100,8 +125,8 @@ def test_a_unit_is_done_until_its_rows_rules_or_files_change(whole):
 
     assert done()
     assert done(hashes=True)
-    assert not done(sha256=hash_rules(rules(cfg) | {"image_side_px": 33}))
-    assert not done(unit=Unit(unit.number, unit.rows[1:]))
+    assert not done(sha256="another")
+    assert not done(unit=replace(unit, plan_sha256="another"))
     tar = record.shard.tar(dataset)
     content = tar.read_bytes()
     try:
@@ -118,56 +143,69 @@ def test_a_unit_is_done_until_its_rows_rules_or_files_change(whole):
 
 
 def test_rows_that_need_no_fetch_are_sifted_with_the_reason():
-    twice = [row("http://a/1"), row("http://a/1", extra='{"x": 1}')]
-    others = [row(""), row("http://a/2", ""), row("file:///etc/passwd"), row("http://a/3")]
-    rows = sorted([*twice, *others])
-    rejected, candidates = sift(rows)
-    assert sorted(r.url for r in candidates) == ["http://a/1", "http://a/3"]
-    assert Counter(r.reason for r in rejected) == {
-        "duplicate": 1,
-        "missing_url": 1,
-        "missing_caption": 1,
-        "scheme_refused": 1,
-    }
-    assert min(twice) in candidates
+    rejected, candidates = sift([row("http://[bad/1"), row("http://a/3")])
+    assert [r.url for r in candidates] == ["http://a/3"]
+    assert [(r.stage, r.reason) for r in rejected] == [("source", "scheme_refused")]
 
 
-def test_a_unit_without_a_kept_row_has_a_quarantine_and_no_shard(source, tmp_path):
-    cfg = prepare_cfg(source, tmp_path)
-    (unit,) = cut([row("file:///x"), row("")], 10)
+def test_a_unit_without_a_kept_row_has_a_quarantine_and_no_shard(tmp_path):
+    cfg, unit = planned(tmp_path, ("http://[bad/x", "text"))
     record, _ = publish(unit, cfg)
     assert record.shard is None
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
+    assert {p.name for p in (tmp_path / "d").glob("[!.ps]*/*")} == {
         "00000.json",
         "00000.jsonl",
-    ]
-    assert is_done(tmp_path, unit, record, rules_sha256=hash_rules(rules(cfg)), hashes=True)
+        "plan-000.parquet",
+    }
+    assert is_done(cfg.dataset, unit, record, rules_sha256=rules_hash(cfg), hashes=True)
 
 
-def test_a_unit_of_which_nothing_can_be_reached_is_not_published(source, tmp_path):
-    (unit,) = cut([row("http://127.0.0.1:9/a"), row("http://127.0.0.1:9/b"), row("")], 10)
-    result, _ = publish(unit, prepare_cfg(source, tmp_path))
-    assert isinstance(result, Unreachable)
-    assert (result.rows, result.first.reason) == (2, "connection")
-    assert read_record(tmp_path, unit.name) is None
-    record, _ = publish(unit, prepare_cfg(source, tmp_path, "download.accept_unreachable=true"))
-    assert record.rejected == {"connection": 2, "missing_url": 1}
+def test_a_unit_of_which_nothing_can_be_reached_is_not_published(tmp_path):
+    pairs = [(f"http://127.0.0.1:9/{i}", "text") for i in range(30)]
+    cfg, unit = planned(tmp_path, *pairs)
+    result, _ = publish(unit, cfg)
+    assert isinstance(result, Systemic)
+    assert (result.rows, result.tried, result.first.reason) == (30, 30, "connection")
+    assert read_record(cfg.dataset, unit.name) is None
+    shutil.rmtree(tmp_path / "d")
+    cfg, unit = planned(tmp_path, *pairs, more=["download.accept_unreachable=true"])
+    record, _ = publish(unit, cfg)
+    assert record.rejected == {"connection": 30}
+
+
+def test_only_failures_of_network_and_tools_are_systemic():
+    def rejected(reason, count):
+        return [
+            Rejected(key="k", url="u", stage="s", reason=reason, detail="") for _ in range(count)
+        ]
+
+    assert systemic("0", rejected("undecodable", 100), 100, 0.95).first.reason == "undecodable"
+    assert systemic("0", rejected("http_404", 100), 100, 0.95) is None
+    assert systemic("0", rejected("undecodable", 95), 100, 0.95) is None
+    assert systemic("0", rejected("timeout", 19), 19, 0.95) is None  # too few to say
+    mixed = [*rejected("http_404", 3), *rejected("timeout", 2), *rejected("http_403", 95)]
+    found = systemic("0", mixed, 100, 0.95)
+    assert (found.first.reason, found.rows) == ("http_403", 97)
 
 
 def test_extra_columns_and_odd_characters_survive(served, tmp_path):
     url = pq.read_table(served / "rows.parquet")["URL"][0].as_py()
-    text = "q\u0303uote \u201cx\u201d \U0001f600"
-    (unit,) = cut([row(url + "?a=1", text, '{"LICENSE": "CC0"}')], 10)
-    cfg = prepare_cfg(served, tmp_path)
+    text = "q\u00f5uote \u201cx\u201d \U0001f600"
+    cfg, unit = planned(
+        tmp_path, (url + "?a=1", text, {"LICENSE": "CC0", "similarity": float("nan")})
+    )
     record, _ = publish(unit, cfg)
-    with Shard(record.shard.tar(tmp_path), read_index(record.shard.index(tmp_path))) as shard:
+    index = read_index(record.shard.index(cfg.dataset))
+    with Shard(record.shard.tar(cfg.dataset), index) as shard:
         assert shard.read(0, "txt").decode() == text
-        assert json.loads(shard.read(0, "json"))["LICENSE"] == "CC0"
+        about = json.loads(shard.read(0, "json"))
+    assert about["LICENSE"] == "CC0"
+    assert "similarity" not in about
 
 
 def test_quarantine_lines_are_read_back_and_damage_is_named(tmp_path):
     path = tmp_path / "00000.jsonl"
-    rejected, _ = sift([row(""), row("file:///x")])
+    rejected, _ = sift([row("http://[bad/"), row("file:///x")])
     write_quarantine(path, rejected)
     assert list(read_quarantine(path)) == rejected
     path.write_text(path.read_text() + '{"key": 1}\n')

@@ -4,18 +4,14 @@ import shutil
 import pytest
 
 from data_prep.config import VerifyConfig
-from data_prep.prepare import hash_rules, make_manifest, rules, survey
-from data_prep.publish import publish_unit
-from data_prep.rows import read_units
 from data_prep.verify import main, run
-from tests.tiny_source import prepare_cfg
+from tests.tiny_source import prepare_cfg, publish_here
 from trainer.data.manifest import (
     Encoding,
     describe_shard,
     encoding_folder,
     load_manifest,
     save_encoding,
-    save_manifest,
 )
 from trainer.data.shards import Sample, read_index, write_shard
 from trainer.errors import BadInput
@@ -25,10 +21,7 @@ from trainer.errors import BadInput
 def published(served, tmp_path_factory):
     """The tiny source, published in this process."""
     cfg = prepare_cfg(served, tmp_path_factory.mktemp("published"))
-    units = read_units(cfg)
-    for unit in units:
-        publish_unit(unit, cfg, hash_rules(rules(cfg)), lambda kept: None)
-    save_manifest(cfg.dataset, make_manifest(cfg, survey(cfg, units)))
+    publish_here(cfg)
     return cfg.dataset
 
 

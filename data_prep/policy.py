@@ -1,0 +1,266 @@
+"""Turn a policy into SQL that names, for each row of metadata, the first rule it breaks."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path, PurePath
+
+import duckdb
+
+from data_prep.config_policy import PolicyConfig
+from data_prep.quarantine import Reason
+from trainer.errors import BadInput
+from trainer.frozen import freeze, read_yaml, thaw
+
+LAION_COLUMNS = frozenset(
+    {"sample_id", "nsfw", "license", "punsafe", "pwatermark", "aesthetic_score"}
+)
+"""Two of these and rows are taken for LAION's; their names are those of its metadata."""
+
+_LISTS = ("hosts_file", "denied_hosts_file", "denied_urls_file", "denied_hashes_file")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A policy that was read, with its lists."""
+
+    cfg: PolicyConfig
+    lists: dict[str, tuple[str, ...]]
+    """Config key -> lines of the file that it names."""
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the manifest says of it: the values, and the lists by their hashes."""
+        plain = thaw(self.cfg)
+        for name in self.lists:
+            lines = "\n".join(sorted(set(self.lists[name])))
+            plain[name] = f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+        return plain
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the policy and its lists, wherever they lie."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One reason to reject a row."""
+
+    reason: str
+    """As the quarantine has it."""
+    broken: str
+    """SQL over a row's columns: true for a row that breaks the rule."""
+
+
+def load_policy(name: str) -> Policy:
+    """Read a policy by its shipped name ('plain', 'relaion') or the path of a YAML file."""
+    shipped = Path(str(files("conf") / "policies" / f"{name}.yaml"))
+    known = sorted(path.stem for path in shipped.parent.glob("*.yaml"))
+    path = shipped if name in known else Path(name)
+    if not path.is_file():
+        raise BadInput(
+            f"policy={name} is neither a file nor a shipped policy ({', '.join(known)}). To write "
+            f"your own, copy {shipped.parent / 'plain.yaml'}."
+        )
+    cfg = read_yaml(PolicyConfig, path)
+    lists = {key: _read_list(key, place) for key in _LISTS if (place := getattr(cfg, key))}
+    return Policy(cfg, lists)
+
+
+def _read_list(key: str, place: str) -> tuple[str, ...]:
+    try:
+        text = Path(place).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"policy: {key}={place} cannot be read ({error}).") from error
+    lines = (line.strip() for line in text.splitlines())
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+def plain_policy(**changes: object) -> Policy:
+    """Build the shipped policy 'plain' with some values changed."""
+    plain = load_policy("plain").cfg
+    return Policy(freeze(PolicyConfig, thaw(plain) | changes), {})
+
+
+def check_safety(policy: Policy, names: Collection[str], columns: Collection[str]) -> None:
+    """Refuse metadata of LAION-5B for which nobody says why it may be downloaded.
+
+    Args:
+        policy: What says so.
+        names: Files of the source.
+        columns: Their columns.
+
+    Raises:
+        BadInput: The rows look like LAION's and the policy leaves `safety` unstated.
+    """
+    if policy.cfg.safety != "unstated":
+        return
+    by_name = [name for name in names if "laion" in PurePath(name).name.lower()]
+    by_column = sorted(set(map(str.lower, columns)) & LAION_COLUMNS)
+    if not by_name and len(by_column) < 2:
+        return
+    why = f"its name is {by_name[0]}" if by_name else f"it has the columns {', '.join(by_column)}"
+    raise BadInput(
+        f"the source looks like LAION metadata ({why}). LAION-5B links to unlawful pictures "
+        "(D. Thiel, Stanford 2023), which Re-LAION-5B took out. Name a policy that states what "
+        "yours is: policy=relaion, or a policy file of your own with safety: denylist (and the "
+        "list) or safety: not_laion."
+    )
+
+
+def load_lists(connection: duckdb.DuckDBPyConnection, policy: Policy) -> None:
+    """Create one table `list_<key>(value)` for every list of the policy."""
+    values = {
+        "hosts_file": (*policy.cfg.hosts, *policy.lists.get("hosts_file", ())),
+        "denied_hosts_file": (
+            *policy.cfg.denied_hosts,
+            *policy.lists.get("denied_hosts_file", ()),
+        ),
+        "denied_urls_file": policy.lists.get("denied_urls_file", ()),
+        "denied_hashes_file": policy.lists.get("denied_hashes_file", ()),
+    }
+    for key, lines in values.items():
+        exact = key == "denied_urls_file"
+        connection.execute(
+            f"CREATE OR REPLACE TEMP TABLE list_{key} AS "
+            "SELECT DISTINCT unnest($lines::VARCHAR[]) AS value",
+            {"lines": [line if exact else line.lower() for line in lines]},
+        )
+
+
+def make_rules(policy: Policy, columns: Collection[str]) -> list[Rule]:
+    """List the rules of a policy in the order in which they are applied.
+
+    The SQL sees `kiln_url`, `kiln_caption`, `kiln_host` (lower case) and the source's own columns.
+
+    Args:
+        policy: The policy.
+        columns: Columns that the source has.
+
+    Raises:
+        BadInput: A rule asks for a column that is not there, and rows without it are rejected.
+    """
+    present = {name.lower(): name for name in columns}
+    return [
+        Rule(Reason.MISSING_URL, "kiln_url = ''"),
+        Rule(Reason.MISSING_CAPTION, "kiln_caption = ''"),
+        Rule(Reason.SCHEME_REFUSED, "kiln_host = ''"),
+        *_list_rules(policy, present),
+        *_caption_rules(policy.cfg),
+        *_column_rules(policy.cfg, present),
+    ]
+
+
+def broken_rule_sql(rules: list[Rule]) -> str:
+    """Give SQL for the reason of the first broken rule, or NULL."""
+    cases = " ".join(f"WHEN {rule.broken} THEN {literal(rule.reason)}" for rule in rules)
+    return f"CASE {cases} END"
+
+
+def literal(text: str) -> str:
+    """Quote a value for SQL."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def identifier(name: str) -> str:
+    """Quote a column's name for SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _list_rules(policy: Policy, present: dict[str, str]) -> Iterator[Rule]:
+    cfg, lists = policy.cfg, policy.lists
+    if cfg.hosts or "hosts_file" in lists:
+        yield Rule("rule_host", f"NOT {_host_in('hosts_file')}")
+    if cfg.denied_hosts or "denied_hosts_file" in lists:
+        yield Rule("rule_denied_host", _host_in("denied_hosts_file"))
+    if "denied_urls_file" in lists:
+        yield Rule("rule_denied_url", "kiln_url IN (SELECT value FROM list_denied_urls_file)")
+    if "denied_hashes_file" in lists:
+        hashes = ["md5(kiln_url)", "sha256(kiln_url)"]
+        if "hash" in present:
+            hashes.append(f"lower(CAST({identifier(present['hash'])} AS VARCHAR))")
+        hits = (f"{text} IN (SELECT value FROM list_denied_hashes_file)" for text in hashes)
+        # A null hash denies nothing.
+        yield Rule("rule_denied_hash", f"coalesce({' OR '.join(hits)}, false)")
+    last_label = "regexp_extract(kiln_host, '([^.]+)$', 1)"
+    if cfg.top_level_domains:
+        yield Rule("rule_top_level_domain", f"{last_label} NOT IN {_in(cfg.top_level_domains)}")
+    if cfg.denied_top_level_domains:
+        yield Rule("rule_top_level_domain", f"{last_label} IN {_in(cfg.denied_top_level_domains)}")
+
+
+def _host_in(key: str) -> str:
+    last_two = r"regexp_extract(kiln_host, '([^.]+\.[^.]+)$', 1)"
+    last_three = r"regexp_extract(kiln_host, '([^.]+\.[^.]+\.[^.]+)$', 1)"
+    texts = ("kiln_host", last_two, last_three)
+    return "(" + " OR ".join(f"{text} IN (SELECT value FROM list_{key})" for text in texts) + ")"
+
+
+def _in(values: Collection[str]) -> str:
+    return "(" + ", ".join(literal(value.lower().removeprefix(".")) for value in values) + ")"
+
+
+def _caption_rules(cfg: PolicyConfig) -> Iterator[Rule]:
+    chars = "length(kiln_caption)"
+    if cfg.min_caption_chars:
+        yield Rule("rule_min_caption_chars", f"{chars} < {cfg.min_caption_chars}")
+    if cfg.max_caption_chars:
+        yield Rule("rule_max_caption_chars", f"{chars} > {cfg.max_caption_chars}")
+    if cfg.min_caption_words:
+        words = r"len(regexp_split_to_array(kiln_caption, '\s+'))"
+        yield Rule("rule_min_caption_words", f"{words} < {cfg.min_caption_words}")
+
+
+def _column_rules(cfg: PolicyConfig, present: dict[str, str]) -> Iterator[Rule]:
+    """Rules over optional columns; each is (reason, columns that it needs, SQL when broken)."""
+    width, height = _number(present, "width"), _number(present, "height")
+    sides = ("width", "height")
+    # least() and greatest() would pass over a null.
+    known = f"if({width} * {height} IS NULL, NULL, "
+    short, long = f"{known}least({width}, {height}))", f"{known}greatest({width}, {height}))"
+    thresholds = (
+        ("min_side_px", sides, f"{short} <"),
+        ("max_pixels", sides, f"{width} * {height} >"),
+        ("max_aspect_ratio", sides, f"{long} / greatest({short}, 1) >"),
+        ("min_similarity", ("similarity",), f"{_number(present, 'similarity')} <"),
+        ("max_punsafe", ("punsafe",), f"{_number(present, 'punsafe')} >"),
+        ("max_pwatermark", ("pwatermark",), f"{_number(present, 'pwatermark')} >"),
+        ("min_aesthetic_score", ("aesthetic_score",), f"{_number(present, 'aesthetic_score')} <"),
+    )
+    for key, needs, comparison in thresholds:
+        limit = getattr(cfg, key)
+        if limit is not None:
+            yield _column_rule(cfg, present, key, needs, f"{comparison} {limit}")
+    for key, column in (("languages", "language"), ("licences", "license")):
+        values = getattr(cfg, key)
+        if values:
+            text = f"lower(CAST({identifier(present.get(column, column))} AS VARCHAR))"
+            yield _column_rule(cfg, present, key, (column,), f"{text} NOT IN {_in(values)}")
+
+
+def _column_rule(
+    cfg: PolicyConfig, present: dict[str, str], key: str, needs: Collection[str], broken: str
+) -> Rule:
+    rejects = cfg.missing == "reject"
+    absent = [name for name in needs if name not in present]
+    if absent and rejects:
+        raise BadInput(
+            f"policy: {key} needs the column {absent[0]}, the source has {', '.join(present)}, and "
+            "missing: reject would reject every row. Remove the rule, or state missing: keep."
+        )
+    reason = f"rule_{key}"
+    return Rule(reason, "false" if absent else f"coalesce({broken}, {str(rejects).lower()})")
+
+
+def unheeded_rules(rules: list[Rule]) -> list[str]:
+    """Name the rules whose columns the source does not have: they reject nothing."""
+    return [rule.reason.removeprefix("rule_") for rule in rules if rule.broken == "false"]
+
+
+def _number(present: dict[str, str], name: str) -> str:
+    # NaN is no value; text that is no number is none either.
+    number = f"TRY_CAST({identifier(present.get(name, name))} AS DOUBLE)"
+    return f"CASE WHEN isnan({number}) THEN NULL ELSE {number} END"
