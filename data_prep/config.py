@@ -99,6 +99,8 @@ class PrepareConfig:
     """Simultaneous downloads per worker process."""
     recheck: Literal["sizes", "hashes"]
     """How finished shards are judged when the command is given again; hashes reads them all."""
+    retry: tuple[str, ...]
+    """Reasons of the quarantine for which rows are tried once more, e.g. [timeout,connection]."""
     tdp_w_per_core: NonNegativeFloat
     """Watts of one busy CPU core for the energy model, used only where no counter exists."""
 
@@ -112,6 +114,8 @@ class PrepareConfig:
 
         if self.part >= self.parts:
             raise ValueError(f"part={self.part}, need 0 to parts - 1 = {self.parts - 1}.")
+        if self.retry and self.parts > 1:
+            raise ValueError("retry plans new units for all: give it with parts=1.")
 
     @property
     def num_processes(self) -> int:

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,13 @@ class Generation:
     """Hash of the parquet: equal rows and rules give equal bytes."""
     quarantine_sha256: str
     """Hash of the rejected rows."""
+    moved: dict[str, int] = field(default_factory=dict)
+    """Only for a second try of rows that failed: unit -> rows that moved here from it."""
+
+    @property
+    def rows_new(self) -> int:
+        """Rows that no earlier generation had."""
+        return self.rows_in - sum(self.moved.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +117,10 @@ def plan_quarantine_path(dataset: Path, generation: int) -> Path:
     return dataset / "quarantine" / f"plan-{generation:03d}.parquet"
 
 
-def read_generations(dataset: Path) -> list[Generation]:
-    """Read the plan's records, in order; an unfinished generation is none."""
+def read_generations(dataset: Path, *, first: int = 0) -> list[Generation]:
+    """Read the plan's records from number `first` on; an unfinished generation is none."""
     found = []
-    for number in range(1000):
+    for number in range(first, 1000):
         path = dataset / "plan" / f"{number:03d}.json"
         try:
             found.append(TypeAdapter(Generation).validate_json(path.read_bytes()))
@@ -148,6 +155,23 @@ def read_rows(dataset: Path, unit: Unit) -> list[Row]:
         Row(f"{key:016x}", url, caption, _present(names, extra))
         for key, url, caption, *extra in zip(keys, urls, captions, *values, strict=True)
     ]
+
+
+def moved_keys(dataset: Path, unit: Unit) -> set[str]:
+    """Give the keys of a unit's rows that a later generation tries again."""
+    later = read_generations(dataset, first=unit.generation + 1)
+    later = [plan for plan in later if unit.name in plan.moved]
+    if not later:
+        return set()
+    moved: set[str] = set()
+    with plan_path(dataset, unit.generation).open("rb") as file:
+        own = pq.ParquetFile(file).read_row_group(unit.group, columns=["key"])["key"]
+    for plan in later:
+        with plan_path(dataset, plan.number).open("rb") as file:
+            keys = pq.ParquetFile(file).read(columns=["key"])["key"]
+        both = own.filter(pc.is_in(own, value_set=keys.combine_chunks()))
+        moved.update(f"{key:016x}" for key in both.to_pylist())
+    return moved
 
 
 def _present(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
@@ -238,32 +262,51 @@ def _add_generation(
     if before:
         _load_known_keys(connection, cfg.dataset, before)
         query = f"SELECT * FROM ({query}) WHERE key NOT IN (SELECT key FROM known_keys)"
-    number = len(before)
-    plan = plan_path(cfg.dataset, number)
+    batches = _sorted_batches(connection, query, files)
+    return write_generation(
+        cfg, rules_sha256=plan_rules(cfg, policy), before=before, batches=batches
+    )
+
+
+def write_generation(
+    cfg: PrepareConfig,
+    *,
+    rules_sha256: str,
+    before: Sequence[Generation],
+    batches: Iterator[pa.RecordBatch],
+    moved: dict[str, int] | None = None,
+) -> Generation:
+    """Write the next generation, its record last; without rows nothing is left of it.
+
+    Args:
+        cfg: Names the dataset and the rows per unit.
+        rules_sha256: Of the rules that chose the rows.
+        before: The generations that are there.
+        batches: key, url, caption, reason and more, in order of keys; the first one is empty.
+        moved: Unit -> rows of it that get a second try here.
+    """
+    plan = plan_path(cfg.dataset, len(before))
+    quarantine = plan_quarantine_path(cfg.dataset, len(before))
     plan.with_suffix(".json").unlink(missing_ok=True)
-    first_unit = before[-1].first_unit + len(before[-1].unit_rows) if before else 0
     tally = Counter[str]()
-    with (
-        published(plan) as kept_file,
-        published(plan_quarantine_path(cfg.dataset, number)) as rejected_file,
-    ):
-        batches = _sorted_batches(connection, query, files)
+    with published(plan) as kept_file, published(quarantine) as rejected_file:
         unit_rows = _write(batches, kept_file, rejected_file, cfg.shard_rows, tally)
     added = Generation(
-        number=number,
-        rules_sha256=plan_rules(cfg, policy),
+        number=len(before),
+        rules_sha256=rules_sha256,
         rows_in=sum(unit_rows) + tally.total(),
         rejected=dict(sorted(tally.items())),
-        first_unit=first_unit,
+        first_unit=before[-1].first_unit + len(before[-1].unit_rows) if before else 0,
         unit_rows=tuple(unit_rows),
         plan_sha256=file_sha256(plan),
-        quarantine_sha256=file_sha256(plan_quarantine_path(cfg.dataset, number)),
+        quarantine_sha256=file_sha256(quarantine),
+        moved=moved or {},
     )
     if added.rows_in:
         publish_json(plan.with_suffix(".json"), asdict(added))
     else:
         plan.unlink()
-        plan_quarantine_path(cfg.dataset, number).unlink()
+        quarantine.unlink()
     return added
 
 

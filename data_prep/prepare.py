@@ -33,8 +33,9 @@ from data_prep.publish import (
     record_path,
     retract_unit,
 )
-from data_prep.quarantine import UNREACHED
+from data_prep.quarantine import UNREACHED, Reason
 from data_prep.reach import check_reachable, unreachable
+from data_prep.retry import mark_moved, plan_retry
 from trainer.command import run_command
 from trainer.data.manifest import MANIFEST, Manifest, save_manifest
 from trainer.errors import BadInput, BadWorld
@@ -53,6 +54,7 @@ _NO_RULES = (
     "processes",
     "threads",
     "recheck",
+    "retry",
     "tdp_w_per_core",
 )
 _NO_DOWNLOAD_RULES = ("accept_unreachable", "max_failed_frac", "user_agent")
@@ -87,7 +89,11 @@ def run(cfg: PrepareConfig) -> int:
     with locked(cfg.dataset, wait=shared):
         work = make_work(cfg, policy)
         if not shared:
-            return _finish(cfg, work, _do(cfg, work))
+            done = _do(cfg, work)
+            if cfg.retry:
+                work, tried = retry_work(cfg, work)
+                done += tried
+            return _finish(cfg, work, done)
     with locked(cfg.dataset, f".lock-part-{cfg.part:04d}"):
         done = _do(cfg, work)
     with locked(cfg.dataset, wait=True):
@@ -96,7 +102,9 @@ def run(cfg: PrepareConfig) -> int:
 
 def make_work(cfg: PrepareConfig, policy: Policy) -> Work:
     """Plan the source, take back what is not in the plan any more, and see what is done."""
-    work = survey(cfg, make_plan(cfg, policy, cfg.scratch_folder), policy)
+    generations = make_plan(cfg, policy, cfg.scratch_folder)
+    mark_moved(cfg.dataset, generations)
+    work = survey(cfg, generations, policy)
     leftovers = _leftovers(cfg.dataset, work.units)
     if work.todo or leftovers:
         # A dataset without a manifest is unfinished.
@@ -104,6 +112,18 @@ def make_work(cfg: PrepareConfig, policy: Policy) -> Work:
         for name in leftovers:
             retract_unit(cfg.dataset, name)
     return work
+
+
+def retry_work(cfg: PrepareConfig, work: Work) -> tuple[Work, int]:
+    """Try rows again that failed for one of `cfg.retry`; return the new state of the work."""
+    generations, num_rows = plan_retry(cfg, work.generations)
+    say(f"{cfg.dataset}: {num_rows} rows in quarantine for {', '.join(cfg.retry)} to try again.")
+    if not num_rows:
+        return work, 0
+    (cfg.dataset / MANIFEST).unlink(missing_ok=True)
+    mark_moved(cfg.dataset, generations)
+    work = survey(cfg, generations, work.policy)
+    return work, _do(cfg, work)
 
 
 def survey(cfg: PrepareConfig, generations: list[Generation], policy: Policy) -> Work:
@@ -226,9 +246,13 @@ def make_manifest(cfg: PrepareConfig, work: Work) -> Manifest:
     rejected: Counter[str] = Counter()
     for counts in (*(plan.rejected for plan in work.generations), *(r.rejected for r in records)):
         rejected.update(counts)
+    moved = rejected.pop(Reason.RETRIED, 0)
+    assert moved == sum(sum(plan.moved.values()) for plan in work.generations), (
+        "rows lost in moving"
+    )
     manifest = Manifest(
         shards=tuple(record.shard for record in records if record.shard),
-        rows_in=sum(plan.rows_in for plan in work.generations),
+        rows_in=sum(plan.rows_new for plan in work.generations),
         rows_kept=sum(record.rows_kept for record in records),
         rejected=dict(sorted(rejected.items())),
         provenance={

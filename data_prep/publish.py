@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,13 +17,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_prep.config import PrepareConfig
 from data_prep.guard import scheme_problem
-from data_prep.plan import Unit, read_rows
+from data_prep.plan import Unit, moved_keys, read_rows
 from data_prep.quarantine import (
     SYSTEMIC,
     Reason,
     Rejected,
     count_reasons,
     reason_of,
+    retried,
     write_quarantine,
 )
 from data_prep.rows import Row
@@ -155,7 +156,7 @@ def _publish_unit(
 ) -> UnitRecord | Systemic:
     dataset, name = cfg.dataset, unit.name
     retract_unit(dataset, name)
-    rejected, candidates = sift(read_rows(dataset, unit))
+    rejected, candidates = sift(read_rows(dataset, unit), moved_keys(dataset, unit))
     num_sifted = len(rejected)
     work = cfg.scratch_folder / name
     shutil.rmtree(work, ignore_errors=True)
@@ -233,12 +234,19 @@ def retract_unit(dataset: Path, name: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def sift(rows: Iterable[Row]) -> tuple[list[Rejected], list[Row]]:
-    """Part rows into those that need not be fetched, with the reason, and the others."""
+def sift(rows: Iterable[Row], moved: Collection[str] = ()) -> tuple[list[Rejected], list[Row]]:
+    """Part rows into those that need not be fetched, with the reason, and the others.
+
+    Args:
+        rows: Of one unit.
+        moved: Keys of rows that a later unit tries again.
+    """
     rejected: list[Rejected] = []
     candidates: list[Row] = []
     for row in rows:
-        if problem := scheme_problem(row.url):
+        if row.key in moved:
+            rejected.append(retried(row.key, row.url))
+        elif problem := scheme_problem(row.url):
             rejected.append(_rejected(row, "source", Reason.SCHEME_REFUSED, problem))
         else:
             candidates.append(row)

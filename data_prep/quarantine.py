@@ -13,7 +13,10 @@ from trainer.errors import BadInput
 
 
 class Reason(StrEnum):
-    """Every reason besides `http_<code>`, the answers that are no picture."""
+    """Every reason besides `http_<code>`, the answers that are no picture.
+
+    RETRIED is no end: the row is counted in the unit that tries it again.
+    """
 
     MISSING_URL = "missing_url"
     MISSING_CAPTION = "missing_caption"
@@ -31,6 +34,7 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large"
     ASPECT_RATIO = "aspect_ratio"
     OTHER = "other"
+    RETRIED = "retried"
 
 
 UNREACHED = frozenset({Reason.CONNECTION, Reason.TIMEOUT, Reason.ADDRESS_REFUSED})
@@ -97,6 +101,12 @@ class Rejected:
     """A Reason, or http_<code>."""
     detail: str
     """The message behind it."""
+
+
+def retried(key: str, url: str | None) -> Rejected:
+    """Give the line of a row that failed once and is tried again in a later unit."""
+    detail = "tried again in a later unit"
+    return Rejected(key=key, url=url, stage="download", reason=str(Reason.RETRIED), detail=detail)
 
 
 def write_quarantine(path: Path, rows: Iterable[Rejected]) -> None:

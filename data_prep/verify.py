@@ -12,7 +12,7 @@ from rich.table import Table
 
 from data_prep.config import VerifyConfig
 from data_prep.prepare import print_yield
-from data_prep.quarantine import read_quarantine
+from data_prep.quarantine import Reason, read_quarantine
 from trainer.command import run_command
 from trainer.data.manifest import (
     REPAIR_ENCODING,
@@ -122,6 +122,7 @@ def quarantine_problems(dataset: Path, manifest: Manifest) -> Iterator[str]:
             counts.update(row.reason for row in read_quarantine(path))
         except BadInput as error:
             yield str(error)
+    del counts[Reason.RETRIED]  # those rows are counted where they were tried again
     for reason in sorted(set(counts) | set(manifest.rejected)):
         expected = manifest.rejected.get(reason, 0)
         if counts[reason] != expected:
