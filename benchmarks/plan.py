@@ -30,7 +30,7 @@ RULES = {
     "denied_top_level_domains": ["test"],
 }
 _PLAN = """
-import json, resource, sys, time
+import json, pathlib, sys, time
 from data_prep.config import PrepareConfig
 from data_prep.plan import make_plan
 from data_prep.policy import plain_policy
@@ -38,7 +38,8 @@ from trainer.frozen import compose
 cfg = compose(PrepareConfig, "prepare", json.loads(sys.argv[1]))
 started_s = time.perf_counter()
 make_plan(cfg, plain_policy(safety="not_laion"), cfg.scratch_folder)
-peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+status = pathlib.Path("/proc/self/status").read_text()
+peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
 print(json.dumps([time.perf_counter() - started_s, peak_mib]))
 """
 
@@ -119,9 +120,9 @@ def main() -> None:
                 run = partial(plan, folder, size, value=value)
                 cases.append(case(system="kiln", metric=metric, unit=unit, run=run))
         rows = measure(cases, repetitions=3)
-    value = {(row.case, row.system, row.metric): row.median for row in rows}
+    median = {(row.case, row.system, row.metric): row.median for row in rows}
     most, hundred = f"{SIZES[-1]:,} rows", f"{SIZES[-2]:,} rows"
-    judged_s = value[most, "kiln", "judging, one core"]
+    judged_s = median[most, "kiln", "judging, one core"]
     write_result(
         "plan",
         question=str(__doc__),
@@ -134,12 +135,12 @@ def main() -> None:
             ),
             claim_at_least(
                 "no slower than masks over a pandas data frame",
-                measured=value[most, "pandas", "judging, one core"] / judged_s,
+                measured=median[most, "pandas", "judging, one core"] / judged_s,
                 target=1.0,
             ),
             claim_at_most(
                 "Planning grows no faster than the rows: ten times the rows take",
-                measured=value[most, "kiln", "planning"] / value[hundred, "kiln", "planning"],
+                measured=median[most, "kiln", "planning"] / median[hundred, "kiln", "planning"],
                 target=12.0,
             ),
         ],

@@ -185,7 +185,7 @@ def _list_rules(policy: Policy, present: dict[str, str]) -> Iterator[Rule]:
         hits = (f"{text} IN (SELECT value FROM list_denied_hashes_file)" for text in hashes)
         # A null hash denies nothing.
         yield Rule("rule_denied_hash", f"coalesce({' OR '.join(hits)}, false)")
-    last_label = "regexp_extract(kiln_host, '([^.]+)$', 1)"
+    last_label = "split_part(kiln_host, '.', -1)"
     if cfg.top_level_domains:
         yield Rule("rule_top_level_domain", f"{last_label} NOT IN {_in(cfg.top_level_domains)}")
     if cfg.denied_top_level_domains:

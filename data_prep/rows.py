@@ -110,7 +110,7 @@ def _kind(name: str) -> str:
 def connect(scratch: Path, *, memory_gb: float, threads: int) -> duckdb.DuckDBPyConnection:
     """Open DuckDB in memory, with a limit; what does not fit is spilled to `scratch`."""
     scratch.mkdir(parents=True, exist_ok=True)
-    return duckdb.connect(
+    connection = duckdb.connect(
         config={
             "memory_limit": f"{memory_gb}GB",
             "threads": threads,
@@ -120,6 +120,8 @@ def connect(scratch: Path, *, memory_gb: float, threads: int) -> duckdb.DuckDBPy
             "autoload_known_extensions": False,
         }
     )
+    connection.execute("SET enable_progress_bar = false")  # it would write into our output
+    return connection
 
 
 def open_source(
@@ -175,18 +177,28 @@ def rows_sql(columns: ColumnsConfig, found: Sequence[str], broken_rule: str) -> 
     extras = [identifier(there[name.lower()]) for name in columns.extra if name.lower() in there]
     carried = "".join(f", {name} AS {identifier('extra.' + name[1:-1])}" for name in extras)
     url, caption = (_text(there[name.lower()]) for name in (columns.url, columns.caption))
-    host = (
-        r"regexp_extract(lower(kiln_url), "
-        r"'^https?://(?:[^/?#]*@)?(\[[^/?#\]]*\]|[^/:?#\\]+)', 1)"
-    )
     return (
         f"WITH texts AS (SELECT *, {url} AS kiln_url, {caption} AS kiln_caption FROM source), "
-        f"hosts AS (SELECT *, {host} AS kiln_host FROM texts) "
+        f"hosts AS (SELECT *, {_HOST} AS kiln_host FROM texts) "
         "SELECT md5_number_lower(kiln_url || chr(0) || kiln_caption) AS key, kiln_url AS url, "
         f"kiln_caption AS caption, {broken_rule} AS reason{carried} FROM hosts"
     )
 
 
+# The first pattern is several times faster, and nearly every URL has it.
+_PLAIN_HOST = "regexp_extract(kiln_url, '^https?://([A-Za-z0-9.-]+)/', 1)"
+_ODD_HOST = r"'(?i)^https?://(?:[^/?#]*@)?(\[[^/?#\]]*\]|[^/:?#\\]+)'"
+_HOST = (
+    f"CASE WHEN {_PLAIN_HOST} <> '' THEN lower({_PLAIN_HOST}) "
+    f"ELSE lower(regexp_extract(kiln_url, {_ODD_HOST}, 1)) END"
+)
+
+
 def _text(name: str) -> str:
+    text = f"coalesce(CAST({identifier(name)} AS VARCHAR), '')"
     space = "chr(32) || chr(9) || chr(10) || chr(11) || chr(12) || chr(13)"
-    return f"trim(coalesce(CAST({identifier(name)} AS VARCHAR), ''), {space})"
+    # Most texts need no trimming, which costs as much as all rules together.
+    return (
+        f"CASE WHEN {text}[1] <= ' ' OR {text}[-1] <= ' ' THEN trim({text}, {space}) "
+        f"ELSE {text} END"
+    )
