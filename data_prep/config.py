@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from data_prep.config_scorers import ScorersConfig
 from trainer.config import EncodersConfig
 from trainer.frozen import config
 
@@ -93,6 +94,8 @@ class PrepareConfig:
     """Names of the source's columns."""
     download: DownloadConfig
     """How pictures are fetched."""
+    scorers: ScorersConfig
+    """Models that look at every picture before it is published."""
     processes: PositiveInt | None
     """Worker processes; null is one per core."""
     threads: PositiveInt

@@ -11,13 +11,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.config import PrepareConfig
 from data_prep.guard import scheme_problem
+from data_prep.languages import sift_languages
 from data_prep.plan import Unit, moved_keys, read_rows
+from data_prep.policy import read_policy
 from data_prep.quarantine import (
     SYSTEMIC,
     Reason,
@@ -28,9 +31,13 @@ from data_prep.quarantine import (
     write_quarantine,
 )
 from data_prep.rows import Row
+from data_prep.scorers import Candidate, Measured, load_scoring, scorer_versions
 from trainer.data.manifest import ShardEntry, describe_shard
 from trainer.data.publish import file_sha256, publish_json
 from trainer.data.shards import Sample, write_shard
+
+if TYPE_CHECKING:
+    from data_prep.download import Fetched
 
 MIN_SYSTEMIC_ROWS = 20
 """Fewer rows than this say nothing about the network or the tools."""
@@ -157,6 +164,10 @@ def _publish_unit(
     dataset, name = cfg.dataset, unit.name
     retract_unit(dataset, name)
     rejected, candidates = sift(read_rows(dataset, unit), moved_keys(dataset, unit))
+    policy = read_policy(cfg.policy)
+    if policy.languages:
+        foreign, candidates = sift_languages(candidates, policy)
+        rejected += foreign
     num_sifted = len(rejected)
     work = cfg.scratch_folder / name
     shutil.rmtree(work, ignore_errors=True)
@@ -217,7 +228,7 @@ def _finish(
         rejected=count_reasons(rejected),
         quarantine_sha256=file_sha256(quarantine),
         shard=shard,
-        versions=versions(),
+        versions=versions() | scorer_versions(cfg.scorers),
     )
     publish_json(record_path(cfg.dataset, unit.name), asdict(record))
     return record
@@ -267,19 +278,59 @@ def _samples(
     """Download rows and yield the samples in order of their keys; failures join `rejected`."""
     from data_prep.download import fetch  # noqa: PLC0415 - imports img2dataset, seconds
 
+    # Before the download: weights that are no good stop the command.
+    scoring = load_scoring(cfg.scorers, cfg.encode_format, cfg.quality)
+
+    def on_fetched(kept: bool) -> None:
+        if scoring is None or not kept:
+            on_row(kept)
+
     urls, captions = [row.url for row in rows], [row.caption for row in rows]
-    for row, fetched in zip(rows, fetch(urls, captions, work, cfg, on_row), strict=True):
-        if fetched.facts is None:
-            reason, detail = reason_of(fetched.status, fetched.message)
-            stage = "decode" if fetched.status == "failed_to_resize" else "download"
+    fetched = fetch(urls, captions, work, cfg, on_fetched)
+    candidates = _candidates(rows, fetched, rejected)
+    if scoring is not None:
+        candidates = _passed(scoring.judge(candidates), rejected, on_row)
+    for found in candidates:
+        yield make_sample(found.row, found.image, found.facts, cfg.encode_format, found.measured)
+
+
+def _candidates(
+    rows: list[Row], fetched: Iterable["Fetched"], rejected: list[Rejected]
+) -> Iterator[Candidate]:
+    """Yield the rows that have a picture; the others join `rejected`."""
+    for row, result in zip(rows, fetched, strict=True):
+        if result.facts is None:
+            reason, detail = reason_of(result.status, result.message)
+            stage = "decode" if result.status == "failed_to_resize" else "download"
             rejected.append(_rejected(row, stage, reason, detail))
         else:
-            yield make_sample(row, fetched.image, fetched.facts, cfg.encode_format)
+            measured: Measured = {"language": row.language} if row.language else {}
+            yield Candidate(row, result.image, result.facts, measured)
 
 
-def make_sample(row: Row, image: bytes, facts: dict[str, Any], extension: str) -> Sample:
-    """Build what the tar and the index store for a kept row."""
-    about = row.extra | facts
+def _passed(
+    judged: Iterable[tuple[Candidate, tuple[Reason, str] | None]],
+    rejected: list[Rejected],
+    on_row: Callable[[bool], None],
+) -> Iterator[Candidate]:
+    """Yield the candidates that no scorer rejects; the others join `rejected`."""
+    for candidate, problem in judged:
+        on_row(problem is None)
+        if problem is None:
+            yield candidate
+        else:
+            rejected.append(_rejected(candidate.row, "score", *problem))
+
+
+def make_sample(
+    row: Row,
+    image: bytes,
+    facts: dict[str, Any],
+    extension: str,
+    measured: Measured = MappingProxyType({}),
+) -> Sample:
+    """Build what the tar and the index store for a kept row; both get what was measured."""
+    about = {**row.extra, **facts, **measured}
     about |= {"key": row.key, "url": row.url, "caption": row.caption}
     members = {
         extension: image,
@@ -293,6 +344,7 @@ def make_sample(row: Row, image: bytes, facts: dict[str, Any], extension: str) -
         "height": facts["height"],
         "caption_chars": len(row.caption),
         "image_sha256": hashlib.sha256(image).hexdigest(),
+        **measured,
     }
     return Sample(row.key, members, columns)
 
