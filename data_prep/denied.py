@@ -35,8 +35,8 @@ class DeniedContent:
         digest.update(self._sha256.data)
         return digest.hexdigest()
 
-    def problem(self, content: bytes) -> str | None:
-        """Say which hash of `content` is on the list, e.g. 'md5 900150983cd2...', or None."""
+    def find(self, content: bytes) -> str | None:
+        """Name the hash of `content` that is on the list, e.g. 'md5 900150983cd2...', or None."""
         for name, denied in (("md5", self._md5), ("sha256", self._sha256)):
             if len(denied):
                 digest = hashlib.new(name, content, usedforsecurity=False).digest()

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 import duckdb
 
 from data_prep.config_policy import PolicyConfig
-from data_prep.denied import load_denied
+from data_prep.denied import DeniedContent, load_denied
 from data_prep.quarantine import Reason
 from trainer.errors import BadInput
 from trainer.frozen import freeze, read_yaml, thaw
@@ -72,6 +72,12 @@ def load_policy(name: str) -> Policy:
         )
     content = load_denied(cfg.denied_content_file).sha256 if cfg.denied_content_file else ""
     return Policy(cfg, lists, content)
+
+
+def policy_denied(name: str) -> DeniedContent | None:
+    """Read the list of denied content of a policy, if it has one, once per process."""
+    place = read_policy(name).denied_content_file
+    return load_denied(place) if place else None
 
 
 def read_policy(name: str) -> PolicyConfig:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.config import PrepareConfig
+from data_prep.denied import DeniedContent
 from data_prep.guard import scheme_problem
 from data_prep.languages import sift_languages
 from data_prep.plan import Unit, moved_keys, read_rows
-from data_prep.policy import read_policy
+from data_prep.policy import policy_denied, read_policy
 from data_prep.quarantine import (
     SYSTEMIC,
     Reason,
@@ -31,7 +32,7 @@ from data_prep.quarantine import (
     write_quarantine,
 )
 from data_prep.rows import Row
-from data_prep.scorers import Candidate, Measured, load_scoring, scorer_versions
+from data_prep.scorers import Candidate, Judged, Measured, load_scoring, scorer_versions
 from trainer.data.manifest import ShardEntry, describe_shard
 from trainer.data.publish import file_sha256, publish_json
 from trainer.data.shards import Sample, write_shard
@@ -280,17 +281,24 @@ def _samples(
 
     # Before the download: weights that are no good stop the command.
     scoring = load_scoring(cfg.scorers, cfg.encode_format, cfg.quality)
+    denied = policy_denied(cfg.policy)
+    is_judged = scoring is not None or denied is not None
 
     def on_fetched(kept: bool) -> None:
-        if scoring is None or not kept:
+        if not (kept and is_judged):
             on_row(kept)
 
     urls, captions = [row.url for row in rows], [row.caption for row in rows]
     fetched = fetch(urls, captions, work, cfg, on_fetched)
     candidates = _candidates(rows, fetched, rejected)
+    if denied is not None:
+        judged = ((found, _denied(found, denied)) for found in candidates)
+        candidates = _passed(judged, "decode", rejected, on_row)
     if scoring is not None:
-        candidates = _passed(scoring.judge(candidates), rejected, on_row)
+        candidates = _passed(scoring.judge(candidates), "score", rejected, on_row)
     for found in candidates:
+        if is_judged:
+            on_row(True)
         yield make_sample(found.row, found.image, found.facts, cfg.encode_format, found.measured)
 
 
@@ -308,18 +316,25 @@ def _candidates(
             yield Candidate(row, result.image, result.facts, measured)
 
 
+def _denied(candidate: Candidate, denied: DeniedContent) -> tuple[Reason, str] | None:
+    """Judge the stored bytes; the downloaded ones were judged before they were decoded."""
+    found = denied.find(candidate.image)
+    return (Reason.DENIED_CONTENT, found) if found else None
+
+
 def _passed(
-    judged: Iterable[tuple[Candidate, tuple[Reason, str] | None]],
+    judged: Iterable[Judged],
+    stage: str,
     rejected: list[Rejected],
     on_row: Callable[[bool], None],
 ) -> Iterator[Candidate]:
-    """Yield the candidates that no scorer rejects; the others join `rejected`."""
+    """Yield the candidates without a problem; the others join `rejected`."""
     for candidate, problem in judged:
-        on_row(problem is None)
         if problem is None:
             yield candidate
         else:
-            rejected.append(_rejected(candidate.row, "score", *problem))
+            on_row(False)
+            rejected.append(_rejected(candidate.row, stage, *problem))
 
 
 def make_sample(

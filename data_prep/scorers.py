@@ -212,6 +212,10 @@ class Candidate:
     """What is known of it so far."""
 
 
+Judged = tuple[Candidate, tuple[Reason, str] | None]
+"""A candidate; why it is rejected and what was found, or None."""
+
+
 class Scoring:
     """The scorers of one worker process."""
 
@@ -225,9 +229,7 @@ class Scoring:
         self._scorers, self._blur, self._encode = scorers, blur, encode
         self._batch_images, self._limits = cfg.batch_images, limits(cfg)
 
-    def judge(
-        self, candidates: Iterable[Candidate]
-    ) -> Iterator[tuple[Candidate, tuple[Reason, str] | None]]:
+    def judge(self, candidates: Iterable[Candidate]) -> Iterator[Judged]:
         """Yield each candidate with its scores, its faces blurred, and why it is rejected, if so.
 
         Only one batch is held at a time.
@@ -235,9 +237,7 @@ class Scoring:
         for batch in _batches(candidates, self._batch_images):
             yield from self._judge(batch)
 
-    def _judge(
-        self, batch: list[Candidate]
-    ) -> Iterator[tuple[Candidate, tuple[Reason, str] | None]]:
+    def _judge(self, batch: list[Candidate]) -> Iterator[Judged]:
         if self._blur is not None:
             batch = [self._blurred(candidate, self._blur) for candidate in batch]
         pictures = [decode(candidate.image) for candidate in batch]
@@ -270,6 +270,7 @@ def decode(image: bytes) -> Picture:
     import cv2  # noqa: PLC0415 - not needed unless a scorer is on
 
     found = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    assert found is not None, "a stored picture does not decode"
     return np.ascontiguousarray(found[:, :, ::-1])
 
 
