@@ -51,8 +51,8 @@ class OcrConfig:
     weights: str | None
     """'packaged' for PP-OCR's detector as rapidocr has it, or another DB detector's ONNX file;
     null is off."""
-    min_side_px: PositiveInt
-    """Pictures are enlarged until their shorter side has this; smaller is faster and finds less."""
+    side_px: PositiveInt
+    """Pictures are resized to this shorter side before; less is faster and misses small letters."""
     max_text_frac: Fraction | None
     """Pictures above it are rejected; null is never."""
 

@@ -19,7 +19,7 @@ SENTENCES = {
     "de": "Ein Tisch aus Holz mit zwei Stühlen vor einem großen Fenster",
     "fr": "Une table en bois avec deux chaises devant une grande fenêtre",
     "ja": "大きな窓の前にある木製のテーブルと二つの椅子",
-    "ru": "Деревянный стол с двумя стульями перед большим окном",
+    "ko": "큰 창문 앞에 있는 나무 탁자와 의자 두 개",
 }
 
 
@@ -90,12 +90,11 @@ def test_an_unsure_detection_is_a_missing_value(missing, num_kept):
 def test_rows_in_other_languages_are_never_fetched(served, tmp_path):
     port = json.loads((served / "source.json").read_text())["port"]
     faults = json.loads((served / "faults.json").read_text())
-    good = next(
-        p.name for p in sorted((served / "pictures").iterdir()) if f"/{p.name}" not in faults
-    )
+    names = sorted(path.name for path in (served / "pictures").iterdir())
+    good = next(name for name in names if f"/{name}" not in faults)
     # Whatever is tried at port 9 ends as a failed connection.
-    hosts = {"de": f"127.0.0.1:{port}/{good}", "en": "127.0.0.1:9/a.jpg", "fr": "127.0.0.1:9/b.jpg"}
-    pairs = [(f"http://{hosts[code]}", SENTENCES[code]) for code in hosts]
+    places = {"de": f"127.0.0.1:{port}/{good}", "en": "127.0.0.1:9/a", "fr": "127.0.0.1:9/b"}
+    pairs = [(f"http://{place}", SENTENCES[code]) for code, place in places.items()]
     write_yaml(plain_policy(languages=["de"]).cfg, tmp_path / "policy.yaml")
     cfg = prepare_cfg(
         tmp_path,
