@@ -93,6 +93,8 @@ class PrepareConfig:
     """Names of the source's columns."""
     download: DownloadConfig
     """How pictures are fetched."""
+    distributor: Literal["processes", "ray", "pyspark"]
+    """Who runs the units: processes of this machine, or img2dataset's distributor for a cluster."""
     processes: PositiveInt | None
     """Worker processes; null is one per core."""
     threads: PositiveInt

@@ -45,7 +45,7 @@ from trainer.data.publish import file_sha256, publish_json, published
 from trainer.errors import BadInput
 from trainer.frozen import thaw
 
-BATCH_ROWS = 100_000
+BATCH_ROWS = 10_000
 _SOURCES = "sources.json"
 _REJECTED = pa.schema([("key", pa.uint64()), ("url", pa.string()), ("reason", pa.string())])
 

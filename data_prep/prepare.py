@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.config import PrepareConfig
+from data_prep.distribute import run_distributed
 from data_prep.plan import (
     Generation,
     Unit,
@@ -51,6 +52,7 @@ _NO_RULES = (
     "part",
     "plan_memory_gb",
     "scratch",
+    "distributor",
     "processes",
     "threads",
     "recheck",
@@ -173,9 +175,10 @@ def _run_todo(cfg: PrepareConfig, work: Work, todo: list[Unit]) -> None:
         check_reachable(urls, cfg.download)
     num_processes = min(cfg.num_processes, len(todo))
     failed: list[Systemic] = []
+    publish = run_units if cfg.distributor == "processes" else run_distributed
     try:
         with Countdown("downloading", sum(unit.rows for unit in todo)) as progress:
-            for unit, result in run_units(
+            for unit, result in publish(
                 todo,
                 cfg,
                 work.rules_sha256,

@@ -125,6 +125,8 @@ def publish_unit(
         result = _publish_unit(unit, cfg, rules_sha256, on_row)
         if isinstance(result, UnitRecord):
             status |= {"rows_kept": result.rows_kept, "rejected": result.rejected}
+        else:
+            status["systemic"] = asdict(result)
         status["state"] = "done" if isinstance(result, UnitRecord) else "systemic failure"
         return result
 
@@ -144,6 +146,9 @@ def _status(unit: Unit, dataset: Path) -> Iterator[dict[str, Any]]:
     status["state"] = "failed"
     try:
         yield status
+    except BaseException as error:
+        status["error"] = f"{type(error).__name__}: {error}"
+        raise
     finally:
         status["elapsed_s"] = round(time.monotonic() - started_s, 3)
         # What is wrong here is wrong for the unit as well, and reported there.
