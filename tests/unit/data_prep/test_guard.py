@@ -5,14 +5,15 @@ import ssl
 import subprocess
 import threading
 import time
-import urllib.error
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from data_prep.config import PrepareConfig
-from data_prep.guard import guarded_opener, is_public, scheme_problem
+from data_prep.guard import GuardedOpener, scheme_problem
 from data_prep.quarantine import reason_of
+from data_prep.transport import is_public
 from trainer.frozen import compose
 
 SEEN = []
@@ -53,8 +54,8 @@ def port():
 def open_url(url, *overrides, allow="127.0.0.1"):
     words = ["rows=x", "dataset=x", f"download.allow_hosts=[{allow}]", *overrides]
     cfg = compose(PrepareConfig, "prepare", words)
-    with guarded_opener(cfg.download).open(url, timeout=2) as response:
-        return response.read()
+    with closing(GuardedOpener(cfg.download)) as opener:
+        return opener.open(url, timeout=2).read()
 
 
 def refusal(url, *overrides, **kwargs):
@@ -149,7 +150,8 @@ def test_a_closed_port_is_a_connection_failure():
 def test_servers_learn_who_asks(port):
     SEEN.clear()
     open_url(f"http://127.0.0.1:{port}/to//small", "download.user_agent=kiln/test")
-    assert [headers.get_all("User-Agent") for headers in SEEN] == [["kiln/test"]] * 2
+    # robots.txt, tdmrep.json, the redirect and the picture
+    assert [headers.get_all("User-Agent") for headers in SEEN] == [["kiln/test"]] * 4
 
 
 def test_no_proxy_is_used(port, monkeypatch):
@@ -175,7 +177,7 @@ def test_https_checks_certificates(tmp_path, monkeypatch):
         thread.start()
         url = f"https://127.0.0.1:{server.server_port}/small"
         try:
-            with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
                 open_url(url)
             monkeypatch.setenv("SSL_CERT_FILE", str(cert))
             assert open_url(url) == b"xxxxx"
