@@ -34,15 +34,28 @@ class DownloadConfig:
     timeout_s: PositiveFloat
     """Longest wait for a connection or for the next bytes."""
     deadline_s: PositiveFloat
-    """Longest time for one whole body, however steadily it drips."""
+    """Longest time on the network for one row: connections, redirects, further attempts, body."""
     max_body_bytes: PositiveInt
     """Longer bodies are refused."""
     retries: NonNegativeInt
-    """Further attempts after a failure; 0 is polite and enough (failed rows are in quarantine)."""
-    user_agent: str
-    """Who asks, as sent to every server; say how you can be reached."""
+    """Further attempts after failures that may pass: no connection, 429, 500, 502, 503, 504."""
+    max_wait_s: NonNegativeFloat
+    """Longest wait for a host that asks for one (Retry-After); rows of one that asks for more fail
+    with its answer."""
+    host_connections: PositiveInt | None
+    """Simultaneous connections to one host, all processes and parts together, but at least one for
+    each; null is no limit. Hosts in allow_hosts have none."""
+    host_requests_per_s: PositiveFloat | None
+    """Requests per second to one host, all processes and parts together; null is no limit."""
+    user_agent: Annotated[str, Field(pattern=r"^[!-~]([ -~]*[!-~])?$")]
+    """Who asks, as sent to every server; say how you can be reached. Its first word, up to '/', is
+    the name that robots.txt may speak to."""
+    robots_txt: bool
+    """Leave alone what a host's robots.txt disallows."""
+    tdm: bool
+    """Leave alone what is reserved from text and data mining (TDMRep: header, file, meta tag)."""
     robots_directives: tuple[str, ...]
-    """A picture whose X-Robots-Tag header has one of these is left alone; [] ignores opt-outs."""
+    """A picture whose X-Robots-Tag header has one of these is left alone; [] ignores the header."""
     allow_hosts: tuple[str, ...]
     """Hosts (HOST or HOST:PORT) that may have private or loopback addresses; others may not."""
     max_failed_frac: Fraction

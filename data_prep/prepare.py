@@ -59,7 +59,15 @@ _NO_RULES = (
     "retry",
     "tdp_w_per_core",
 )
-_NO_DOWNLOAD_RULES = ("accept_unreachable", "max_failed_frac", "user_agent")
+_NO_DOWNLOAD_RULES = (
+    "accept_unreachable",
+    "max_failed_frac",
+    "user_agent",
+    "retries",
+    "max_wait_s",
+    "host_connections",
+    "host_requests_per_s",
+)
 
 
 def main(argv: Sequence[str]) -> int:

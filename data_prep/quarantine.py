@@ -33,6 +33,8 @@ class Reason(StrEnum):
     TOO_SMALL = "too_small"
     TOO_LARGE = "too_large"
     ASPECT_RATIO = "aspect_ratio"
+    BAD_RESPONSE = "bad_response"
+    TOO_MANY_REDIRECTS = "too_many_redirects"
     OTHER = "other"
     RETRIED = "retried"
 
@@ -41,14 +43,22 @@ UNREACHED = frozenset({Reason.CONNECTION, Reason.TIMEOUT, Reason.ADDRESS_REFUSED
 """Reasons that, when every row of a unit has one, speak of the network and not of the rows."""
 
 SYSTEMIC = frozenset(
-    {*UNREACHED, Reason.UNDECODABLE, Reason.OTHER, "http_403", "http_429", "http_503"}
+    {
+        *UNREACHED,
+        Reason.BAD_RESPONSE,
+        Reason.UNDECODABLE,
+        Reason.OTHER,
+        "http_403",
+        "http_429",
+        "http_503",
+    }
 )
 """Reasons that speak of the network or of the tools when nearly every row of a unit has one."""
 
 # img2dataset hands every failure on as text. Ours carry their reason in it; the others are
 # recognised by what urllib, http.client and img2dataset 1.47 say.
 _MARK = "kiln-reason="
-_MARKED = re.compile(rf"{_MARK}(\w+): ([^>]*)")
+_MARKED = re.compile(rf"{_MARK}({'|'.join(Reason)}): ([^>]*)")
 _HTTP = re.compile(r"HTTP Error (\d{3})")
 _KNOWN: tuple[tuple[str, Reason], ...] = (
     ("disallowed by X-Robots-Tag", Reason.OPT_OUT),
