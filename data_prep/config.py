@@ -1,15 +1,14 @@
 """What the data commands may be told: frozen dataclasses."""
 
-import hashlib
 import os
-import tempfile
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.config import EncodersConfig
 from trainer.frozen import config
+from trainer.place import Place, is_local, local_folder
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -71,8 +70,8 @@ class PrepareConfig:
 
     rows: str
     """The source: parquet, csv or jsonl files of URLs and captions; a file, folder, glob or URL."""
-    dataset: Path
-    """Folder to publish into."""
+    dataset: Place
+    """Folder or URL to publish into, e.g. s3://bucket/name; credentials are the environment's."""
     policy: str
     """Which rows are downloaded: 'plain', 'relaion', or a policy file of your own."""
     shard_rows: PositiveInt
@@ -142,10 +141,7 @@ class PrepareConfig:
         """The folder for intermediate files with its default filled in."""
         if self.scratch is not None:
             return self.scratch
-        if isinstance(self.dataset, PosixPath):
-            return self.dataset / ".work"
-        name = hashlib.sha256(str(self.dataset).encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"kiln-{name}"
+        return (self.dataset if is_local(self.dataset) else local_folder(self.dataset)) / ".work"
 
     @property
     def quality(self) -> int:
@@ -159,8 +155,8 @@ class PrepareConfig:
 class VerifyConfig:
     """`kiln verify`."""
 
-    dataset: Path
-    """The dataset to read in full."""
+    dataset: Place
+    """The dataset to read in full, a folder or a URL."""
 
 
 @config
@@ -225,8 +221,8 @@ class SourceConfig:
 class EncodeConfig:
     """`kiln encode`."""
 
-    dataset: Path
-    """A published dataset; its encodings go beside its shards."""
+    dataset: Place
+    """A published dataset, a folder or a URL; its encodings go beside its shards."""
     encoders: EncodersConfig
     """The models; give `kiln train` the same."""
     batch_images: PositiveInt

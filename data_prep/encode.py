@@ -3,8 +3,10 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from trainer.models.fingerprint import Identity, identify
 from trainer.models.text_encoders import load_text_encoder
 from trainer.observe.countdown import Countdown
 from trainer.observe.ledger import accounted
+from trainer.place import NUM_REQUESTS, is_local, read_bytes, remove, storage
 
 NULL_TEXT = "null_text.npy"
 
@@ -78,6 +81,11 @@ def run(cfg: EncodeConfig) -> int:
     """Publish what is missing of the encoding; print what is there."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("device=cuda, but torch finds no GPU here. Try device=cpu.")
+    with storage(cfg.dataset):
+        return _run(cfg)
+
+
+def _run(cfg: EncodeConfig) -> int:
     manifest = load_manifest(cfg.dataset)
     with locked(cfg.dataset):
         work = survey(cfg, manifest)
@@ -88,7 +96,7 @@ def run(cfg: EncodeConfig) -> int:
         check_files(cfg.dataset, manifest.shards)
         if work.records:
             say(f"{len(work.records)} of {len(manifest.shards)} shards are encoded already.")
-        finished.unlink(missing_ok=True)  # without it the encoding is unfinished
+        remove(finished)  # without it the encoding is unfinished
         for number in work.leftovers:
             _retract(work.folder, number)
         with accounted(cfg.dataset, stage="encode", tdp_w_per_core=cfg.tdp_w_per_core):
@@ -107,17 +115,19 @@ def survey(cfg: EncodeConfig, manifest: Manifest) -> Work:
     identity = identify(cfg.encoders)
     folder = encoding_folder(cfg.dataset, identity.fingerprint)
     hashes = cfg.recheck == "hashes"
-    found = {
-        shard.number: finished_record(folder, shard, hashes=hashes) for shard in manifest.shards
-    }
-    records = {number: record for number, record in found.items() if record is not None}
+    with ThreadPoolExecutor(1 if is_local(folder) else NUM_REQUESTS) as threads:
+        found = threads.map(
+            lambda shard: finished_record(folder, shard, hashes=hashes), manifest.shards
+        )
+        pairs = zip(manifest.shards, found, strict=True)
+        records = {shard.number: record for shard, record in pairs if record is not None}
     return Work(folder, manifest, identity, records)
 
 
 def make_encoding(work: Work) -> Encoding:
     """Put the records of all shards together."""
     records = [work.records[shard.number] for shard in work.manifest.shards]
-    null_text = np.load(work.folder / NULL_TEXT, allow_pickle=False)
+    null_text = np.load(BytesIO(read_bytes(work.folder / NULL_TEXT)), allow_pickle=False)
     mean_C, std_C = latent_statistics(records)
     return Encoding(
         fingerprint=work.identity.fingerprint,
@@ -193,9 +203,9 @@ def _is_current(path: Path, work: Work) -> bool:
 
 def _retract(folder: Path, number: str) -> None:
     """Remove a sidecar, its record first."""
-    record_path(folder, number).unlink(missing_ok=True)
-    (folder / f"{number}.tar").unlink(missing_ok=True)
-    (folder / "index" / f"{number}.parquet").unlink(missing_ok=True)
+    remove(record_path(folder, number))
+    remove(folder / f"{number}.tar")
+    remove(folder / "index" / f"{number}.parquet")
 
 
 def _print_encoding(encoding: Encoding) -> None:

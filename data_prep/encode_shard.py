@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from trainer.data.manifest import ShardEntry, describe_shard
+from trainer.data.manifest import ShardEntry, publish_shard
 from trainer.data.publish import file_sha256, publish_json
-from trainer.data.shards import Sample, Shard, read_index, write_shard
+from trainer.data.shards import Sample, Shard, read_index
 from trainer.data.sources import decode_square
 from trainer.errors import BadInput
 from trainer.models.autoencoders import Autoencoder
 from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder
+from trainer.place import read_bytes, sizes_bytes
 
 # Shape suffixes: B pictures, C latent channels, H W rows and columns, L text tokens, D text width.
 
@@ -81,21 +82,20 @@ def finished_record(folder: Path, source: ShardEntry, *, hashes: bool) -> Sideca
         hashes: Judge the files by their content rather than by their size.
     """
     try:
-        content = record_path(folder, source.number).read_bytes()
+        content = read_bytes(record_path(folder, source.number))
         record = TypeAdapter(SidecarRecord).validate_json(content)
     except (FileNotFoundError, ValidationError):
         return None
     if record.source_sha256 != source.sha256:
         return None
     tar, index = record.shard.tar(folder), record.shard.index(folder)
-    for path, num_bytes, sha256 in (
-        (tar, record.shard.bytes, record.shard.sha256),
-        (index, record.shard.index_bytes, record.shard.index_sha256),
+    if sizes_bytes([tar, index]) != [record.shard.bytes, record.shard.index_bytes]:
+        return None
+    if hashes and (file_sha256(tar), file_sha256(index)) != (
+        record.shard.sha256,
+        record.shard.index_sha256,
     ):
-        if not path.exists() or path.stat().st_size != num_bytes:
-            return None
-        if hashes and file_sha256(path) != sha256:
-            return None
+        return None
     return record
 
 
@@ -117,13 +117,14 @@ def encode_shard(
         on_images: Told how many more pictures are done.
     """
     tally = _Tally()
-    name = f"{source.number}.tar"
-    index = folder / "index" / f"{source.number}.parquet"
-    with Shard(source.tar(dataset), read_index(source.index(dataset))) as shard:
-        count = write_shard(folder / name, index, _samples(shard, encoders, tally, on_images))
+    index = read_index(source.index(dataset))
+    with Shard(source.tar(dataset), index, whole=True) as shard:
+        samples = _samples(shard, encoders, tally, on_images)
+        entry = publish_shard(folder, f"{source.number}.tar", samples)
+    assert entry is not None, "a dataset has no empty shards"
     record = SidecarRecord(
         source_sha256=source.sha256,
-        shard=describe_shard(folder, name, count),
+        shard=entry,
         sums=tally.sums(),
         latent_shape=tally.latent_shape,
     )

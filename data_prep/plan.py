@@ -44,6 +44,7 @@ from data_prep.rows import (
 from trainer.data.publish import file_sha256, publish_json, published
 from trainer.errors import BadInput
 from trainer.frozen import thaw
+from trainer.place import open_sparsely, read_bytes, remove
 
 BATCH_ROWS = 10_000
 _SOURCES = "sources.json"
@@ -123,7 +124,7 @@ def read_generations(dataset: Path, *, first: int = 0) -> list[Generation]:
     for number in range(first, 1000):
         path = dataset / "plan" / f"{number:03d}.json"
         try:
-            found.append(TypeAdapter(Generation).validate_json(path.read_bytes()))
+            found.append(TypeAdapter(Generation).validate_json(read_bytes(path)))
         except FileNotFoundError:
             break
         except ValidationError as error:
@@ -145,7 +146,7 @@ def list_units(generations: Sequence[Generation]) -> list[Unit]:
 
 def read_rows(dataset: Path, unit: Unit) -> list[Row]:
     """Read the rows of one unit, in order of their keys."""
-    with plan_path(dataset, unit.generation).open("rb") as file:
+    with open_sparsely(plan_path(dataset, unit.generation)) as file:
         table = pq.ParquetFile(file).read_row_group(unit.group)
     extras = [name for name in table.column_names if name.startswith("extra.")]
     keys, urls, captions = (table[name].to_pylist() for name in ("key", "url", "caption"))
@@ -164,10 +165,10 @@ def moved_keys(dataset: Path, unit: Unit) -> set[str]:
     if not later:
         return set()
     moved: set[str] = set()
-    with plan_path(dataset, unit.generation).open("rb") as file:
+    with open_sparsely(plan_path(dataset, unit.generation)) as file:
         own = pq.ParquetFile(file).read_row_group(unit.group, columns=["key"])["key"]
     for plan in later:
-        with plan_path(dataset, plan.number).open("rb") as file:
+        with open_sparsely(plan_path(dataset, plan.number)) as file:
             keys = pq.ParquetFile(file).read(columns=["key"])["key"]
         both = own.filter(pc.is_in(own, value_set=keys.combine_chunks()))
         moved.update(f"{key:016x}" for key in both.to_pylist())
@@ -218,7 +219,7 @@ def make_plan(cfg: PrepareConfig, policy: Policy, scratch: Path) -> list[Generat
                 "them, or the former rules, or another dataset=."
             )
         for plan in reversed(generations):
-            plan_path(cfg.dataset, plan.number).with_suffix(".json").unlink()
+            remove(plan_path(cfg.dataset, plan.number).with_suffix(".json"))
         generations, known = [], []
     if generations and set(files) <= set(known):
         return generations
@@ -239,7 +240,7 @@ def make_plan(cfg: PrepareConfig, policy: Policy, scratch: Path) -> list[Generat
 
 def _read_sources(dataset: Path) -> list[SourceFile]:
     try:
-        content = (dataset / "plan" / _SOURCES).read_bytes()
+        content = read_bytes(dataset / "plan" / _SOURCES)
     except FileNotFoundError:
         return []
     return TypeAdapter(list[SourceFile]).validate_json(content)
@@ -287,10 +288,11 @@ def write_generation(
     """
     plan = plan_path(cfg.dataset, len(before))
     quarantine = plan_quarantine_path(cfg.dataset, len(before))
-    plan.with_suffix(".json").unlink(missing_ok=True)
+    remove(plan.with_suffix(".json"))
     tally = Counter[str]()
     with published(plan) as kept_file, published(quarantine) as rejected_file:
         unit_rows = _write(batches, kept_file, rejected_file, cfg.shard_rows, tally)
+        plan_sha256, quarantine_sha256 = file_sha256(kept_file), file_sha256(rejected_file)
     added = Generation(
         number=len(before),
         rules_sha256=rules_sha256,
@@ -298,15 +300,15 @@ def write_generation(
         rejected=dict(sorted(tally.items())),
         first_unit=before[-1].first_unit + len(before[-1].unit_rows) if before else 0,
         unit_rows=tuple(unit_rows),
-        plan_sha256=file_sha256(plan),
-        quarantine_sha256=file_sha256(quarantine),
+        plan_sha256=plan_sha256,
+        quarantine_sha256=quarantine_sha256,
         moved=moved or {},
     )
     if added.rows_in:
         publish_json(plan.with_suffix(".json"), asdict(added))
     else:
-        plan.unlink()
-        quarantine.unlink()
+        remove(plan)
+        remove(quarantine)
     return added
 
 
@@ -316,7 +318,7 @@ def _load_known_keys(
     connection.execute("CREATE OR REPLACE TEMP TABLE known_keys (key UBIGINT)")
     for plan in before:
         for path in (plan_path, plan_quarantine_path):
-            with path(dataset, plan.number).open("rb") as file:
+            with open_sparsely(path(dataset, plan.number)) as file:
                 for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=["key"]):
                     keys = pa.table({"key": batch["key"]})
                     connection.register("more_keys", keys)

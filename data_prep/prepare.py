@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -43,6 +44,7 @@ from trainer.errors import BadInput, BadWorld
 from trainer.frozen import thaw
 from trainer.observe.countdown import Countdown
 from trainer.observe.ledger import accounted
+from trainer.place import NUM_REQUESTS, is_local, local_folder, remove, storage
 
 # What shapes the stored bytes or decides about rows; the rest may change between two runs.
 _NO_RULES = (
@@ -94,7 +96,11 @@ class Work:
 
 def run(cfg: PrepareConfig) -> int:
     """Publish what is missing of the dataset; print what became of every row."""
-    policy = load_policy(cfg.policy)
+    with storage(cfg.dataset):
+        return _run(cfg, load_policy(cfg.policy))
+
+
+def _run(cfg: PrepareConfig, policy: Policy) -> int:
     shared = cfg.parts > 1
     with locked(cfg.dataset, wait=shared):
         work = make_work(cfg, policy)
@@ -118,7 +124,7 @@ def make_work(cfg: PrepareConfig, policy: Policy) -> Work:
     leftovers = _leftovers(cfg.dataset, work.units)
     if work.todo or leftovers:
         # A dataset without a manifest is unfinished.
-        (cfg.dataset / MANIFEST).unlink(missing_ok=True)
+        remove(cfg.dataset / MANIFEST)
         for name in leftovers:
             retract_unit(cfg.dataset, name)
     return work
@@ -130,7 +136,7 @@ def retry_work(cfg: PrepareConfig, work: Work) -> tuple[Work, int]:
     say(f"{cfg.dataset}: {num_rows} rows in quarantine for {', '.join(cfg.retry)} to try again.")
     if not num_rows:
         return work, 0
-    (cfg.dataset / MANIFEST).unlink(missing_ok=True)
+    remove(cfg.dataset / MANIFEST)
     mark_moved(cfg.dataset, generations)
     work = survey(cfg, generations, work.policy)
     return work, _do(cfg, work)
@@ -141,12 +147,16 @@ def survey(cfg: PrepareConfig, generations: list[Generation], policy: Policy) ->
     rules_sha256 = hash_rules(rules(cfg, policy))
     hashes = cfg.recheck == "hashes"
     units = list_units(generations)
-    records: dict[str, UnitRecord] = {}
-    for unit in units:
+
+    def done(unit: Unit) -> UnitRecord | None:
         record = read_record(cfg.dataset, unit.name)
-        if is_done(cfg.dataset, unit, record, rules_sha256=rules_sha256, hashes=hashes):
-            assert record is not None
-            records[unit.name] = record
+        right = is_done(cfg.dataset, unit, record, rules_sha256=rules_sha256, hashes=hashes)
+        return record if right else None
+
+    # Remote, all the time goes into waiting for answers.
+    with ThreadPoolExecutor(1 if is_local(cfg.dataset) else NUM_REQUESTS) as threads:
+        found = zip(units, threads.map(done, units), strict=True)
+        records = {unit.name: record for unit, record in found if record is not None}
     return Work(generations, units, policy, rules_sha256, records)
 
 
@@ -293,16 +303,19 @@ def _leftovers(dataset: Path, units: list[Unit]) -> list[str]:
 def locked(dataset: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
     """Keep other commands out of the dataset; the lock ends with the process.
 
+    A remote dataset is locked on this machine only: `parts=` and `part=` keep machines apart.
+
     Args:
-        dataset: The folder.
+        dataset: The folder or URL.
         name: Which of its locks.
         wait: Wait for the others, instead of raising.
     """
+    folder = dataset if is_local(dataset) else local_folder(dataset)
     try:
-        dataset.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise BadInput(f"dataset={dataset} is a file, need a folder.") from error
-    with (dataset / name).open("w") as file:
+    with (folder / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:

@@ -28,9 +28,11 @@ from data_prep.quarantine import (
     write_quarantine,
 )
 from data_prep.rows import Row
-from trainer.data.manifest import ShardEntry, describe_shard
-from trainer.data.publish import file_sha256, publish_json
-from trainer.data.shards import Sample, write_shard
+from trainer.data.manifest import ShardEntry, describe_shard, publish_shard
+from trainer.data.publish import publish_json
+from trainer.data.shards import Sample
+from trainer.errors import BadWorld
+from trainer.place import read_bytes, remove, sizes_bytes, storage_errors
 
 MIN_SYSTEMIC_ROWS = 20
 """Fewer rows than this say nothing about the network or the tools."""
@@ -91,7 +93,7 @@ def status_path(dataset: Path, name: str) -> Path:
 def read_record(dataset: Path, name: str) -> UnitRecord | None:
     """Read the record of a unit; None if the unit is not done."""
     try:
-        return TypeAdapter(UnitRecord).validate_json(record_path(dataset, name).read_bytes())
+        return TypeAdapter(UnitRecord).validate_json(read_bytes(record_path(dataset, name)))
     except (FileNotFoundError, ValidationError):
         return None
 
@@ -102,19 +104,19 @@ def is_done(
     """Whether a unit was published from these rows and rules, and its files are still right."""
     if record is None or record.input_sha256 != unit.input_sha256(rules_sha256):
         return False
-    quarantine = quarantine_path(dataset, unit.name)
-    if not quarantine.exists() or file_sha256(quarantine) != record.quarantine_sha256:
-        return False
     shard = record.shard
-    if shard is None:
-        return True
-    if hashes:
-        try:
-            return describe_shard(dataset, shard.name, shard.count) == shard
-        except FileNotFoundError:
+    try:
+        quarantine = read_bytes(quarantine_path(dataset, unit.name))
+        if hashlib.sha256(quarantine).hexdigest() != record.quarantine_sha256:
             return False
-    files = ((shard.tar(dataset), shard.bytes), (shard.index(dataset), shard.index_bytes))
-    return all(path.exists() and path.stat().st_size == size for path, size in files)
+        if shard is None:
+            return True
+        if hashes:
+            return describe_shard(dataset, shard.name, shard.count) == shard
+    except FileNotFoundError:
+        return False
+    found = sizes_bytes([shard.tar(dataset), shard.index(dataset)])
+    return found == [shard.bytes, shard.index_bytes]
 
 
 def publish_unit(
@@ -152,7 +154,7 @@ def _status(unit: Unit, dataset: Path) -> Iterator[dict[str, Any]]:
     finally:
         status["elapsed_s"] = round(time.monotonic() - started_s, 3)
         # What is wrong here is wrong for the unit as well, and reported there.
-        with suppress(OSError):
+        with suppress(OSError, BadWorld), storage_errors(dataset):
             publish_json(path, status)
 
 
@@ -170,7 +172,7 @@ def _publish_unit(
     try:
         if candidates:
             samples = _samples(candidates, work, cfg, rejected, on_row)
-            shard = _publish_shard(dataset, f"shards/{name}.tar", samples)
+            shard = publish_shard(dataset, f"shards/{name}.tar", samples)
         if not cfg.download.accept_unreachable:
             problem = systemic(name, rejected, len(candidates), cfg.download.max_failed_frac)
             if problem is not None:
@@ -215,12 +217,12 @@ def _finish(
     kept = shard.count if shard else 0
     assert kept + len(rejected) == unit.rows, f"unit {unit.name}: rows do not add up"
     quarantine = quarantine_path(cfg.dataset, unit.name)
-    write_quarantine(quarantine, rejected)
+    quarantine_sha256 = write_quarantine(quarantine, rejected)
     record = UnitRecord(
         input_sha256=unit.input_sha256(rules_sha256),
         rows_in=unit.rows,
         rejected=count_reasons(rejected),
-        quarantine_sha256=file_sha256(quarantine),
+        quarantine_sha256=quarantine_sha256,
         shard=shard,
         versions=versions(),
     )
@@ -230,13 +232,13 @@ def _finish(
 
 def retract_unit(dataset: Path, name: str) -> None:
     """Remove what a unit published, the record first, so that it never vouches for half a unit."""
-    record_path(dataset, name).unlink(missing_ok=True)
+    remove(record_path(dataset, name))
     for path in (
         dataset / "shards" / f"{name}.tar",
         dataset / "index" / f"{name}.parquet",
         quarantine_path(dataset, name),
     ):
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def sift(rows: Iterable[Row], moved: Collection[str] = ()) -> tuple[list[Rejected], list[Row]]:
@@ -300,13 +302,3 @@ def make_sample(row: Row, image: bytes, facts: dict[str, Any], extension: str) -
         "image_sha256": hashlib.sha256(image).hexdigest(),
     }
     return Sample(row.key, members, columns)
-
-
-def _publish_shard(dataset: Path, name: str, samples: Iterable[Sample]) -> ShardEntry | None:
-    index = dataset / "index" / f"{Path(name).stem}.parquet"
-    count = write_shard(dataset / name, index, samples)
-    if count == 0:  # an empty shard would only be a trap for readers
-        (dataset / name).unlink()
-        index.unlink()
-        return None
-    return describe_shard(dataset, name, count)

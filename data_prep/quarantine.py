@@ -119,11 +119,11 @@ def retried(key: str, url: str | None) -> Rejected:
     return Rejected(key=key, url=url, stage="download", reason=str(Reason.RETRIED), detail=detail)
 
 
-def write_quarantine(path: Path, rows: Iterable[Rejected]) -> None:
-    """Write one JSON line per row, atomically."""
+def write_quarantine(path: Path, rows: Iterable[Rejected]) -> str:
+    """Write one JSON line per row, atomically; return the file's sha256."""
     lines = (json.dumps(asdict(row), sort_keys=True, ensure_ascii=False) for row in rows)
     # Invalid surrogates can be in URLs of the wild; they must not stop the unit.
-    publish_bytes(path, "".join(f"{line}\n" for line in lines).encode(errors="replace"))
+    return publish_bytes(path, "".join(f"{line}\n" for line in lines).encode(errors="replace"))
 
 
 def read_quarantine(path: Path) -> Iterator[Rejected]:

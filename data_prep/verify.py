@@ -18,14 +18,15 @@ from trainer.data.manifest import (
     REPAIR_ENCODING,
     Manifest,
     ShardEntry,
-    describe_shard,
     encoding_folder,
     list_encodings,
     load_manifest,
 )
-from trainer.data.shards import Shard, read_index, scan_tar
+from trainer.data.publish import file_sha256
+from trainer.data.shards import Shard, read_index
 from trainer.errors import BadInput
 from trainer.observe.countdown import Countdown
+from trainer.place import open_sparsely, storage
 
 REPAIR = "Give its `kiln prepare` command again with recheck=hashes: it replaces what is wrong."
 
@@ -37,6 +38,11 @@ def main(argv: Sequence[str]) -> int:
 
 def run(cfg: VerifyConfig) -> int:
     """Print what was read and every problem; 1 if there is any."""
+    with storage(cfg.dataset):
+        return _run(cfg)
+
+
+def _run(cfg: VerifyConfig) -> int:
     manifest = load_manifest(cfg.dataset)
     problems: list[str] = []
     num_read = Counter[str]()
@@ -61,7 +67,7 @@ def run(cfg: VerifyConfig) -> int:
 def shard_problems(
     folder: Path, entry: ShardEntry, keys: dict[str, list[str]], *, repair: str
 ) -> Iterator[str]:
-    """Compare one tar and its index with the manifest and with each other.
+    """Compare one tar and its index with the manifest and with each other; reads the tar once.
 
     Args:
         folder: Dataset or encoding.
@@ -71,36 +77,42 @@ def shard_problems(
     """
     tar, index_path = entry.tar(folder), entry.index(folder)
     try:
-        index, scanned = read_index(index_path, repair=repair), scan_tar(tar, repair=repair)
+        index = read_index(index_path, repair=repair)
+        with Shard(tar, index, whole=True, repair=repair) as shard:
+            scanned = shard.scan()
+            for path, got, expected in (
+                (tar, shard.sha256(), entry.sha256),
+                (index_path, file_sha256(index_path), entry.index_sha256),
+            ):
+                if got != expected:
+                    yield (
+                        f"{path} has sha256 {got[:16]}..., the manifest says {expected[:16]}... "
+                        f"{repair}"
+                    )
+            if entry.count != index.num_rows:
+                yield (
+                    f"{index_path} has {index.num_rows} rows, the manifest says {entry.count}. "
+                    f"{repair}"
+                )
+            if not scanned.equals(
+                index.select([n for n in scanned.column_names if n in index.schema.names])
+            ):
+                yield f"{tar} holds other members than {index_path} says. {repair}"
+                return
+            keys[entry.number] = index["key"].to_pylist()
+            if "image_sha256" in index.column_names:
+                yield from image_problems(shard, index, repair=repair)
     except BadInput as error:
         yield str(error)
-        return
-    found = describe_shard(folder, entry.name, index.num_rows)
-    for path, got, expected in (
-        (tar, found.sha256, entry.sha256),
-        (index_path, found.index_sha256, entry.index_sha256),
-    ):
-        if got != expected:
-            yield f"{path} has sha256 {got[:16]}..., the manifest says {expected[:16]}... {repair}"
-    if entry.count != index.num_rows:
-        yield f"{index_path} has {index.num_rows} rows, the manifest says {entry.count}. {repair}"
-    if not scanned.equals(
-        index.select([n for n in scanned.column_names if n in index.schema.names])
-    ):
-        yield f"{tar} holds other members than {index_path} says. {repair}"
-        return
-    keys[entry.number] = index["key"].to_pylist()
-    if "image_sha256" in index.column_names:
-        yield from image_problems(tar, index, repair=repair)
 
 
-def image_problems(tar: Path, index: pa.Table, *, repair: str) -> Iterator[str]:
+def image_problems(shard: Shard, index: pa.Table, *, repair: str) -> Iterator[str]:
     """Compare the stored pictures with their hashes in the index."""
-    with Shard(tar, index, repair=repair) as shard:
-        for row, expected in enumerate(index["image_sha256"].to_pylist()):
-            (extension,) = set(shard.extensions(row)) - {"json", "txt"}
-            if hashlib.sha256(shard.read(row, extension)).hexdigest() != expected:
-                yield f"{tar}: {shard.keys[row]}.{extension} is not what the index says. {repair}"
+    for row, expected in enumerate(index["image_sha256"].to_pylist()):
+        (extension,) = set(shard.extensions(row)) - {"json", "txt"}
+        if hashlib.sha256(shard.read(row, extension)).hexdigest() != expected:
+            key = shard.keys[row]
+            yield f"{shard.path}: {key}.{extension} is not what the index says. {repair}"
 
 
 def repeated_keys(keys: dict[str, list[str]]) -> Iterator[str]:
@@ -115,7 +127,7 @@ def quarantine_problems(dataset: Path, manifest: Manifest) -> Iterator[str]:
     """Compare the quarantine files with the manifest: rows in == kept + rejected."""
     counts: Counter[str] = Counter()
     for path in sorted((dataset / "quarantine").glob("plan-*.parquet")):
-        with path.open("rb") as file:
+        with open_sparsely(path) as file:
             counts.update(pq.read_table(file, columns=["reason"])["reason"].to_pylist())
     for path in sorted((dataset / "quarantine").glob("*.jsonl")):
         try:

@@ -288,7 +288,7 @@ class DataConfig:
     """Where the samples come from."""
 
     dataset: str
-    """A published dataset folder."""
+    """A published dataset: a folder or a URL."""
     prefetch_batches: PositiveInt
     """Batches read ahead by one thread; never part of the resume state."""
 

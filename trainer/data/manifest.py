@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from trainer.data.publish import file_sha256, publish_json
-from trainer.data.shards import REPAIR
+from trainer.data.shards import REPAIR, Sample, write_shard
 from trainer.errors import BadInput
+from trainer.place import read_bytes, remove, sizes_bytes
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -51,8 +52,32 @@ class ShardEntry:
         return folder / "index" / f"{self.number}.parquet"
 
 
+def publish_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardEntry | None:
+    """Write a tar and its index into a dataset or encoding; None, and no files, without samples.
+
+    Args:
+        folder: Dataset or encoding.
+        name: Path of the tar inside it; its stem is the shard's number.
+        samples: In strictly increasing order of their keys.
+    """
+    tar, index = folder / name, folder / "index" / f"{Path(name).stem}.parquet"
+    written = write_shard(tar, index, samples)
+    if written.num_samples == 0:  # an empty shard would only be a trap for readers
+        remove(tar)
+        remove(index)
+        return None
+    return ShardEntry(
+        name=name,
+        bytes=written.num_bytes,
+        sha256=written.sha256,
+        count=written.num_samples,
+        index_bytes=written.index_num_bytes,
+        index_sha256=written.index_sha256,
+    )
+
+
 def describe_shard(folder: Path, name: str, count: int) -> ShardEntry:
-    """Measure and hash a tar that `write_shard` has written, and its index."""
+    """Measure and hash a published tar and its index as they are now."""
     tar, index = folder / name, folder / "index" / f"{Path(name).stem}.parquet"
     return ShardEntry(
         name=name,
@@ -171,22 +196,25 @@ def check_files(folder: Path, shards: Sequence[ShardEntry], *, repair: str = REP
     Raises:
         BadInput: The first file that is not, with the expected and the found size.
     """
-    for shard in shards:
-        expected = ((shard.tar(folder), shard.bytes), (shard.index(folder), shard.index_bytes))
-        for path, expected_bytes in expected:
-            if not path.exists():
-                raise BadInput(f"{path} is not there, the manifest lists it. {repair}")
-            found_bytes = path.stat().st_size
-            if found_bytes != expected_bytes:
-                raise BadInput(
-                    f"{path} does not match the manifest: expected {expected_bytes} bytes, found "
-                    f"{found_bytes}. {repair}"
-                )
+    expected = [
+        pair
+        for shard in shards
+        for pair in ((shard.tar(folder), shard.bytes), (shard.index(folder), shard.index_bytes))
+    ]
+    found = sizes_bytes([path for path, _ in expected])
+    for (path, expected_bytes), found_bytes in zip(expected, found, strict=True):
+        if found_bytes is None:
+            raise BadInput(f"{path} is not there, the manifest lists it. {repair}")
+        if found_bytes != expected_bytes:
+            raise BadInput(
+                f"{path} does not match the manifest: expected {expected_bytes} bytes, found "
+                f"{found_bytes}. {repair}"
+            )
 
 
 def _load(cls: type[T], path: Path, repair: str) -> T:
     try:
-        loaded = TypeAdapter(cls).validate_json(path.read_bytes())
+        loaded = TypeAdapter(cls).validate_json(read_bytes(path))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])

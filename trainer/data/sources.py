@@ -1,9 +1,11 @@
 """Samples by number: latents with text states from an encoding, or pictures from a dataset."""
 
 import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -20,11 +22,14 @@ from trainer.data.manifest import (
 )
 from trainer.data.shards import Shard, read_index
 from trainer.errors import BadInput
+from trainer.place import NUM_REQUESTS, is_local
 
 # Shape suffixes: B samples, C latent channels, H W rows and columns, L text tokens, D text width.
 
 _CPU = torch.device("cpu")
 _PICTURES = ("jpg", "png", "webp")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,13 @@ class _Shards:
         self._ends = np.cumsum([entry.count for entry in entries])
         self._open: dict[int, Shard] = {}
         self.num_samples = int(self._ends[-1])
+        # Remote, all the time goes into waiting for answers.
+        self._threads = None if is_local(folder) else ThreadPoolExecutor(NUM_REQUESTS)
+
+    def read(self, places: Sequence[tuple[Shard, int]], read: Callable[[Shard, int], T]) -> list[T]:
+        """Read something of every sample; remote ones at the same time."""
+        shards, rows = zip(*places, strict=True)
+        return list((self._threads.map if self._threads else map)(read, shards, rows))
 
     def find(self, sample: int) -> tuple[Shard, int]:
         """Return the shard that holds a sample, and its row there."""
@@ -94,6 +106,8 @@ class _Shards:
     def close(self) -> None:
         for shard in self._open.values():
             shard.close()
+        if self._threads:
+            self._threads.shutdown()
 
 
 class LatentSource:
@@ -108,8 +122,8 @@ class LatentSource:
     def load(self, samples: NDArray[np.int64], visits: NDArray[np.int64]) -> LatentBatch:
         """Read latents and text states; shorter captions are padded to the batch's longest."""
         places = [self._shards.find(int(sample)) for sample in samples]
-        latents = np.stack([_npy(shard.read(row, "latent.npy")) for shard, row in places])
-        texts = [_npy(shard.read(row, "text.npy")) for shard, row in places]
+        latents = np.stack(self._shards.read(places, _latents))
+        texts = self._shards.read(places, _text)
         moments_B2CHW = torch.from_numpy(latents).float()
         text_BLD, mask_BL = pad_texts([torch.from_numpy(text) for text in texts])
         return LatentBatch(
@@ -141,7 +155,7 @@ class PictureSource:
     def load(self, samples: NDArray[np.int64], visits: NDArray[np.int64]) -> PictureBatch:
         """Read and decode pictures."""
         places = [self._shards.find(int(sample)) for sample in samples]
-        pictures = np.stack([self._picture(shard, row) for shard, row in places])
+        pictures = np.stack(self._shards.read(places, self._picture))
         pictures_BHWC = torch.from_numpy(pictures).to(self._device)
         return PictureBatch(
             ids_B=_ids(places).to(self._device),
@@ -192,6 +206,14 @@ def pad_texts(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
     text_BLD = torch.nn.utils.rnn.pad_sequence([t.float() for t in texts], batch_first=True)
     lengths_B = torch.tensor([len(text) for text in texts])
     return text_BLD, torch.arange(text_BLD.shape[1])[None] < lengths_B[:, None]
+
+
+def _latents(shard: Shard, row: int) -> NDArray[np.float16]:
+    return _npy(shard.read(row, "latent.npy"))
+
+
+def _text(shard: Shard, row: int) -> NDArray[np.float16]:
+    return _npy(shard.read(row, "text.npy"))
 
 
 def _npy(content: bytes) -> NDArray[np.float16]:
