@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.config import PrepareConfig
@@ -279,7 +281,8 @@ def _samples(
 
 def make_sample(row: Row, image: bytes, facts: dict[str, Any], extension: str) -> Sample:
     """Build what the tar and the index store for a kept row."""
-    about = row.extra | facts
+    phash = facts["phash"]
+    about = row.extra | facts | {"phash": f"{phash:016x}"}
     about |= {"key": row.key, "url": row.url, "caption": row.caption}
     members = {
         extension: image,
@@ -293,6 +296,8 @@ def make_sample(row: Row, image: bytes, facts: dict[str, Any], extension: str) -
         "height": facts["height"],
         "caption_chars": len(row.caption),
         "image_sha256": hashlib.sha256(image).hexdigest(),
+        "phash": np.uint64(phash),
+        "host": urlsplit(row.url).hostname,
     }
     return Sample(row.key, members, columns)
 
