@@ -33,6 +33,7 @@ from data_prep.rows import Row
 from trainer.data.manifest import ShardEntry, describe_shard
 from trainer.data.publish import file_sha256, publish_json
 from trainer.data.shards import Sample, write_shard
+from trainer.data.tombstones import removed_urls
 
 MIN_SYSTEMIC_ROWS = 20
 """Fewer rows than this say nothing about the network or the tools."""
@@ -158,7 +159,9 @@ def _publish_unit(
 ) -> UnitRecord | Systemic:
     dataset, name = cfg.dataset, unit.name
     retract_unit(dataset, name)
-    rejected, candidates = sift(read_rows(dataset, unit), moved_keys(dataset, unit))
+    rejected, candidates = sift(
+        read_rows(dataset, unit), moved_keys(dataset, unit), frozenset(removed_urls(dataset))
+    )
     num_sifted = len(rejected)
     work = cfg.scratch_folder / name
     shutil.rmtree(work, ignore_errors=True)
@@ -236,18 +239,23 @@ def retract_unit(dataset: Path, name: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def sift(rows: Iterable[Row], moved: Collection[str] = ()) -> tuple[list[Rejected], list[Row]]:
+def sift(
+    rows: Iterable[Row], moved: Collection[str] = (), removed: Collection[str] = ()
+) -> tuple[list[Rejected], list[Row]]:
     """Part rows into those that need not be fetched, with the reason, and the others.
 
     Args:
         rows: Of one unit.
         moved: Keys of rows that a later unit tries again.
+        removed: URLs that were taken down.
     """
     rejected: list[Rejected] = []
     candidates: list[Row] = []
     for row in rows:
         if row.key in moved:
             rejected.append(retried(row.key, row.url))
+        elif row.url in removed:
+            rejected.append(_rejected(row, "source", Reason.REMOVED, "taken down by kiln remove"))
         elif problem := scheme_problem(row.url):
             rejected.append(_rejected(row, "source", Reason.SCHEME_REFUSED, problem))
         else:

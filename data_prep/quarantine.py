@@ -15,7 +15,8 @@ from trainer.errors import BadInput
 class Reason(StrEnum):
     """Every reason besides `http_<code>`, the answers that are no picture.
 
-    RETRIED is no end: the row is counted in the unit that tries it again.
+    REMOVED rows have a URL that was taken down. RETRIED is no end: the row is counted in the unit
+    that tries it again.
     """
 
     MISSING_URL = "missing_url"
@@ -33,6 +34,7 @@ class Reason(StrEnum):
     TOO_SMALL = "too_small"
     TOO_LARGE = "too_large"
     ASPECT_RATIO = "aspect_ratio"
+    REMOVED = "removed"
     OTHER = "other"
     RETRIED = "retried"
 

@@ -23,7 +23,15 @@ from data_prep.quarantine import (
 from trainer.data.publish import file_sha256, publish_json
 from trainer.errors import BadInput
 
-NEVER = frozenset({Reason.OPT_OUT, Reason.ADDRESS_REFUSED, Reason.SCHEME_REFUSED, Reason.RETRIED})
+NEVER = frozenset(
+    {
+        Reason.OPT_OUT,
+        Reason.REMOVED,
+        Reason.ADDRESS_REFUSED,
+        Reason.SCHEME_REFUSED,
+        Reason.RETRIED,
+    }
+)
 """Reasons that another try would not respect, or not change."""
 
 
