@@ -131,6 +131,12 @@ def weigh(
     )
 
 
+def is_weighed(dataset: Path, manifest: Manifest) -> bool:
+    """Whether the manifest knows the tombstones and weights that are there."""
+    known = (manifest.tombstones_sha256, manifest.cluster_weights_sha256)
+    return known == (_sha256(dataset / TOMBSTONES), _sha256(dataset / CLUSTER_WEIGHTS))
+
+
 def find_sorted(wanted: Uint64s, among: Uint64s) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Give the places in `wanted` of what `among`, which is sorted, has, and where it has it."""
     if not len(among):
