@@ -38,10 +38,10 @@ class DedupConfig:
     """A published dataset; its tars stay as they are."""
     against: tuple[Path, ...]
     """Other published datasets: what is in one of them is a duplicate here. They do not change."""
-    max_distance: Annotated[int, Field(ge=0, le=16)]
+    max_distance: Annotated[int, Field(ge=0, le=12)]
     """Pictures whose 64-bit perceptual hashes differ in at most so many bits are near-duplicates.
-    Among a billion unrelated pictures 4 bits join some ten thousand by chance, 8 bits nearly all
-    of them."""
+    Of a hundred million unrelated pictures chance alone joins 200 pairs at 4 bits, a million at
+    8 bits."""
     outcome: Literal["remove", "weight"]
     """remove: one sample of each cluster stays; weight: all stay, each with 1 / cluster size."""
     keep: Literal["largest", "oldest"]
