@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,6 +24,7 @@ from img2dataset.writer import WebDatasetSampleWriter
 from data_prep import guard
 from data_prep.bodies import body_problem
 from data_prep.config import PrepareConfig
+from data_prep.perceptual import phash
 from data_prep.quarantine import marked
 from trainer.data.shards import Shard, scan_tar
 
@@ -40,7 +43,8 @@ class Fetched:
     image: bytes = b""
     """The encoded picture."""
     facts: dict[str, Any] | None = None
-    """width, height, original_width, original_height, source_sha256 (of the downloaded bytes)."""
+    """width, height, original_width, original_height, source_sha256 (of the downloaded bytes),
+    phash (of the stored picture)."""
 
 
 class CheckedResizer(Resizer):  # type: ignore[misc]
@@ -170,14 +174,14 @@ def _read_back(folder: Path, num_rows: int, extension: str) -> Iterator[Fetched]
                 names = ("width", "height", "original_width", "original_height")
                 facts = {name: row[name] for name in names} | {"source_sha256": row["sha256"]}
                 image = shard.read(place[number], extension)
+                pixels: Any = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
+                facts["phash"] = phash(pixels)
                 yield Fetched(status="success", message="", image=image, facts=facts)
 
 
 def versions() -> dict[str, str]:
     """Name the versions of the tools that shape a stored picture."""
     from importlib.metadata import version  # noqa: PLC0415
-
-    import cv2  # noqa: PLC0415 - loaded by img2dataset anyway
 
     return {
         "img2dataset": version("img2dataset"),

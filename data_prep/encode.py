@@ -131,7 +131,7 @@ def make_encoding(work: Work) -> Encoding:
     mean_C, std_C = latent_statistics(records)
     return Encoding(
         fingerprint=work.identity.fingerprint,
-        dataset_fingerprint=work.manifest.fingerprint,
+        dataset_fingerprint=work.manifest.shards_fingerprint,
         shards=tuple(record.shard for record in records),
         facts={
             **work.identity.facts,
@@ -196,7 +196,7 @@ def _is_current(path: Path, work: Work) -> bool:
     except BadInput:
         return False
     records = [work.records[shard.number] for shard in work.manifest.shards]
-    return there.dataset_fingerprint == work.manifest.fingerprint and there.shards == tuple(
+    return there.dataset_fingerprint == work.manifest.shards_fingerprint and there.shards == tuple(
         record.shard for record in records
     )
 

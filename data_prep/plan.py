@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_prep.config import PrepareConfig
 from data_prep.policy import (
     Policy,
+    Rule,
     broken_rule_sql,
     check_safety,
     identifier,
@@ -42,6 +43,7 @@ from data_prep.rows import (
     unreadable,
 )
 from trainer.data.publish import file_sha256, publish_json, published
+from trainer.data.tombstones import removed_urls
 from trainer.errors import BadInput
 from trainer.frozen import thaw
 from trainer.place import open_sparsely, read_bytes, remove
@@ -256,7 +258,7 @@ def _add_generation(
     found = open_source(connection, files, cfg.columns)
     check_safety(policy, [file.name for file in files], found)
     load_lists(connection, policy)
-    rules = make_rules(policy, found)
+    rules = [*make_rules(policy, found), *_removed_rule(connection, cfg.dataset)]
     for name in unheeded_rules(rules):
         log.warning("policy: %s rejects nothing: the source has no such column", name)
     query = rows_sql(cfg.columns, found, broken_rule_sql(rules))
@@ -267,6 +269,15 @@ def _add_generation(
     return write_generation(
         cfg, rules_sha256=plan_rules(cfg, policy), before=before, batches=batches
     )
+
+
+def _removed_rule(connection: duckdb.DuckDBPyConnection, dataset: Path) -> list[Rule]:
+    """What was taken out of the dataset does not come back with other rows."""
+    urls = removed_urls(dataset)
+    if not urls:
+        return []
+    connection.register("removed", pa.table({"url": urls}))
+    return [Rule(Reason.REMOVED, "kiln_url IN (SELECT url FROM removed)")]
 
 
 def write_generation(

@@ -39,7 +39,8 @@ from data_prep.quarantine import UNREACHED, Reason
 from data_prep.reach import check_reachable, unreachable
 from data_prep.retry import mark_moved, plan_retry
 from trainer.command import run_command
-from trainer.data.manifest import MANIFEST, Manifest, save_manifest
+from trainer.data.manifest import MANIFEST, Manifest
+from trainer.data.tombstones import save_state, weigh
 from trainer.errors import BadInput, BadWorld
 from trainer.frozen import thaw
 from trainer.observe.countdown import Countdown
@@ -178,9 +179,9 @@ def _finish(cfg: PrepareConfig, work: Work, num_published: int) -> int:
         say(f"{cfg.dataset}: part {cfg.part} of {cfg.parts} is done; {finished(work)}.")
         return 0
     manifest = make_manifest(cfg, work)
-    save_manifest(cfg.dataset, manifest)
+    save_state(cfg.dataset, manifest, why="kiln prepare")
     print_yield(manifest)
-    done = f"{manifest.rows_kept} samples in {len(manifest.shards)} shards"
+    done = f"{manifest.rows_live} samples in {len(manifest.shards)} shards"
     told = f"{done}." if num_published else f"nothing to do, {done} are there."
     say(f"{cfg.dataset}: {told}")
     return 0
@@ -286,7 +287,7 @@ def make_manifest(cfg: PrepareConfig, work: Work) -> Manifest:
         },
     )
     assert manifest.rows_in == manifest.rows_kept + manifest.rows_rejected, "rows do not add up"
-    return manifest
+    return weigh(cfg.dataset, manifest)
 
 
 def _pairs(record: UnitRecord) -> tuple[tuple[str, str], ...]:
@@ -332,6 +333,8 @@ def print_yield(manifest: Manifest) -> None:
     lines = [("in", manifest.rows_in), ("kept", manifest.rows_kept)]
     by_count = sorted(manifest.rejected.items(), key=lambda item: (-item[1], item[0]))
     lines += [(f"rejected: {reason}", count) for reason, count in by_count]
+    if manifest.rows_removed:
+        lines.insert(2, ("of these removed since", manifest.rows_removed))
     for name, count in lines:
         table.add_row(name, f"{count}", f"{100 * count / manifest.rows_in:.2f} %")
     Console().print(table)

@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.config import PrepareConfig
@@ -31,6 +33,7 @@ from data_prep.rows import Row
 from trainer.data.manifest import ShardEntry, describe_shard, publish_shard
 from trainer.data.publish import publish_json
 from trainer.data.shards import Sample
+from trainer.data.tombstones import removed_urls
 from trainer.errors import BadWorld
 from trainer.place import read_bytes, remove, sizes_bytes, storage_errors
 
@@ -163,7 +166,9 @@ def _publish_unit(
 ) -> UnitRecord | Systemic:
     dataset, name = cfg.dataset, unit.name
     retract_unit(dataset, name)
-    rejected, candidates = sift(read_rows(dataset, unit), moved_keys(dataset, unit))
+    rejected, candidates = sift(
+        read_rows(dataset, unit), moved_keys(dataset, unit), frozenset(removed_urls(dataset))
+    )
     num_sifted = len(rejected)
     work = cfg.scratch_folder / name
     shutil.rmtree(work, ignore_errors=True)
@@ -241,18 +246,23 @@ def retract_unit(dataset: Path, name: str) -> None:
         remove(path)
 
 
-def sift(rows: Iterable[Row], moved: Collection[str] = ()) -> tuple[list[Rejected], list[Row]]:
+def sift(
+    rows: Iterable[Row], moved: Collection[str] = (), removed: Collection[str] = ()
+) -> tuple[list[Rejected], list[Row]]:
     """Part rows into those that need not be fetched, with the reason, and the others.
 
     Args:
         rows: Of one unit.
         moved: Keys of rows that a later unit tries again.
+        removed: URLs that were taken down.
     """
     rejected: list[Rejected] = []
     candidates: list[Row] = []
     for row in rows:
         if row.key in moved:
             rejected.append(retried(row.key, row.url))
+        elif row.url in removed:
+            rejected.append(_rejected(row, "source", Reason.REMOVED, "taken down by kiln remove"))
         elif problem := scheme_problem(row.url):
             rejected.append(_rejected(row, "source", Reason.SCHEME_REFUSED, problem))
         else:
@@ -286,7 +296,8 @@ def _samples(
 
 def make_sample(row: Row, image: bytes, facts: dict[str, Any], extension: str) -> Sample:
     """Build what the tar and the index store for a kept row."""
-    about = row.extra | facts
+    phash = facts["phash"]
+    about = row.extra | facts | {"phash": f"{phash:016x}"}
     about |= {"key": row.key, "url": row.url, "caption": row.caption}
     members = {
         extension: image,
@@ -300,5 +311,7 @@ def make_sample(row: Row, image: bytes, facts: dict[str, Any], extension: str) -
         "height": facts["height"],
         "caption_chars": len(row.caption),
         "image_sha256": hashlib.sha256(image).hexdigest(),
+        "phash": np.uint64(phash),
+        "host": urlsplit(row.url).hostname,
     }
     return Sample(row.key, members, columns)

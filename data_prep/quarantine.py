@@ -15,7 +15,8 @@ from trainer.errors import BadInput
 class Reason(StrEnum):
     """Every reason besides `http_<code>`, the answers that are no picture.
 
-    RETRIED is no end: the row is counted in the unit that tries it again.
+    REMOVED rows have a URL that was taken down. RETRIED is no end: the row is counted in the unit
+    that tries it again.
     """
 
     MISSING_URL = "missing_url"
@@ -35,6 +36,7 @@ class Reason(StrEnum):
     ASPECT_RATIO = "aspect_ratio"
     BAD_RESPONSE = "bad_response"
     TOO_MANY_REDIRECTS = "too_many_redirects"
+    REMOVED = "removed"
     OTHER = "other"
     RETRIED = "retried"
 

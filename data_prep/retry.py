@@ -24,7 +24,15 @@ from trainer.data.publish import publish_json
 from trainer.errors import BadInput
 from trainer.place import open_sparsely
 
-NEVER = frozenset({Reason.OPT_OUT, Reason.ADDRESS_REFUSED, Reason.SCHEME_REFUSED, Reason.RETRIED})
+NEVER = frozenset(
+    {
+        Reason.OPT_OUT,
+        Reason.REMOVED,
+        Reason.ADDRESS_REFUSED,
+        Reason.SCHEME_REFUSED,
+        Reason.RETRIED,
+    }
+)
 """Reasons that another try would not respect, or not change."""
 
 

@@ -24,6 +24,15 @@ from trainer.data.manifest import (
 )
 from trainer.data.publish import file_sha256
 from trainer.data.shards import Shard, read_index
+from trainer.data.tombstones import (
+    CLUSTER_WEIGHTS,
+    REPAIR_WEIGHTS,
+    TOMBSTONES,
+    read_cluster_weights,
+    read_row_weights,
+    read_tombstones,
+    row_weights_path,
+)
 from trainer.errors import BadInput
 from trainer.observe.countdown import Countdown
 from trainer.place import open_sparsely, storage
@@ -55,6 +64,7 @@ def _run(cfg: VerifyConfig) -> int:
             progress.update(num_read["samples"])
         progress.finish()
     problems += repeated_keys(keys)
+    problems += weight_problems(cfg.dataset, manifest, keys)
     problems += quarantine_problems(cfg.dataset, manifest)
     for fingerprint, found in encoding_problems(cfg.dataset, manifest, keys):
         num_read[f"encoding {fingerprint[:12]}"] += 1
@@ -144,6 +154,40 @@ def quarantine_problems(dataset: Path, manifest: Manifest) -> Iterator[str]:
             )
 
 
+def weight_problems(dataset: Path, manifest: Manifest, keys: dict[str, list[str]]) -> Iterator[str]:
+    """Compare the weights of all rows with the manifest, the tombstones and the cluster weights."""
+    for name, expected in (
+        (TOMBSTONES, manifest.tombstones_sha256),
+        (CLUSTER_WEIGHTS, manifest.cluster_weights_sha256),
+    ):
+        path = dataset / name
+        found = file_sha256(path) if path.exists() else None
+        if found != expected:
+            yield (
+                f"{path} has sha256 {found and found[:16]}, the manifest says "
+                f"{expected and expected[:16]}. {REPAIR_WEIGHTS}"
+            )
+    try:
+        tombstones, lighter = read_tombstones(dataset, ["key"]), read_cluster_weights(dataset)
+    except BadInput as error:
+        yield str(error)
+        return
+    due = dict(zip(lighter["key"].to_pylist(), lighter["weight"].to_pylist(), strict=True))
+    due |= dict.fromkeys(tombstones["key"].to_pylist(), 0.0)
+    for shard in manifest.shards:
+        try:
+            weights = read_row_weights(dataset, shard, manifest.weights.get(shard.number))
+        except BadInput as error:
+            yield str(error)
+            continue
+        wanted = [due.get(int(key, 16), 1.0) for key in keys.get(shard.number, [])]
+        if wanted and weights.tolist() != wanted:
+            yield (
+                f"{row_weights_path(dataset, shard.number)} is not what {TOMBSTONES} and "
+                f"{CLUSTER_WEIGHTS} say of its samples. {REPAIR_WEIGHTS}"
+            )
+
+
 def encoding_problems(
     dataset: Path, manifest: Manifest, keys: dict[str, list[str]]
 ) -> Iterator[tuple[str, list[str]]]:
@@ -151,7 +195,7 @@ def encoding_problems(
     for encoding in list_encodings(dataset):
         folder = encoding_folder(dataset, encoding.fingerprint)
         found: list[str] = []
-        if encoding.dataset_fingerprint != manifest.fingerprint:
+        if encoding.dataset_fingerprint != manifest.shards_fingerprint:
             found.append(f"{folder} was made from another state of the dataset. {REPAIR_ENCODING}")
         encoded: dict[str, list[str]] = {}
         for entry in encoding.shards:

@@ -25,7 +25,7 @@ def matching_encoding(cfg: TrainConfig, manifest: Manifest) -> Encoding:
             f"there: {there}. Make them: {encode}"
         )
     encoding = found[wanted]
-    if encoding.dataset_fingerprint != manifest.fingerprint:
+    if encoding.dataset_fingerprint != manifest.shards_fingerprint:
         raise BadInput(
             f"the latents in {dataset}/encodings/{wanted} are of an older state of the dataset. "
             f"Bring them up to date: {encode}"

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,10 @@ def package(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     words = ["install", "--quiet", "--target", str(folder), "--constraint", "constraints.txt"]
     done = subprocess.run(
-        [sys.executable, "-m", "pip", *words, request.param], capture_output=True, text=True
+        [sys.executable, "-m", "pip", *words, request.param],
+        check=False,
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         pytest.skip(f"pip cannot install {request.param}: {done.stderr.strip()[-200:]}")
@@ -44,12 +48,13 @@ def prepare(source, dataset, package, *more):
     words = prepare_overrides(source, dataset, f"distributor={name}", "processes=2", *more)
     return subprocess.run(
         [sys.executable, "-m", "trainer.cli", "prepare", *words],
+        check=False,
         capture_output=True,
         text=True,
         timeout=300,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([os.getcwd(), str(folder)]),
+            "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{folder}",
             "RAY_USAGE_STATS_ENABLED": "0",
         },
     )

@@ -96,6 +96,18 @@ def shards_fingerprint(shards: Iterable[ShardEntry]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowWeights:
+    """A shard of which some samples count less than others: `weights/00000.npy`."""
+
+    removed: int
+    """Samples of weight 0: they are in the tar, and no reader gives them out."""
+    weighted: int
+    """Samples of a weight between 0 and 1."""
+    sha256: str
+    """Hash of the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A dataset: its shards, what became of every input row, and where it came from."""
 
@@ -104,9 +116,15 @@ class Manifest:
     rows_in: int
     """Rows of the source."""
     rows_kept: int
-    """Samples in all shards."""
+    """Samples in all shards, whatever their weight."""
     rejected: dict[str, int]
     """Reason -> rows in quarantine for it."""
+    weights: dict[str, RowWeights] = field(default_factory=dict)
+    """Shard number -> weights of its samples; in all other shards every sample has weight 1."""
+    tombstones_sha256: str | None = None
+    """Hash of `tombstones.parquet`, if any sample was ever removed."""
+    cluster_weights_sha256: str | None = None
+    """Hash of `weights.parquet`, if near-duplicates share one weight."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Source hash, rules and their hash, versions of the tools."""
     schema: int = SCHEMA
@@ -114,8 +132,31 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """The dataset's name by content; changes with any byte of any shard."""
+        """The dataset's name by content; changes with any byte of any shard and any weight."""
+        if not self.weights:
+            return self.shards_fingerprint
+        lines = sorted(f"{number}\0{some.sha256}\n" for number, some in self.weights.items())
+        return hashlib.sha256("".join([self.shards_fingerprint, *lines]).encode()).hexdigest()
+
+    @property
+    def shards_fingerprint(self) -> str:
+        """The name of the shards alone, which encodings are made from."""
         return shards_fingerprint(self.shards)
+
+    @property
+    def rows_removed(self) -> int:
+        """Samples of weight 0."""
+        return sum(some.removed for some in self.weights.values())
+
+    @property
+    def rows_weighted(self) -> int:
+        """Samples of a weight between 0 and 1."""
+        return sum(some.weighted for some in self.weights.values())
+
+    @property
+    def rows_live(self) -> int:
+        """Samples that readers give out."""
+        return self.rows_kept - self.rows_removed
 
     @property
     def rows_rejected(self) -> int:
@@ -130,7 +171,7 @@ class Encoding:
     fingerprint: str
     """The encoding's name: hash of everything that shapes a latent; also its folder's name."""
     dataset_fingerprint: str
-    """The dataset that it was made from."""
+    """The shards that it was made from: the dataset's `shards_fingerprint`."""
     shards: tuple[ShardEntry, ...]
     """One per shard of the dataset, with equal numbers, keys and counts."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -164,6 +205,13 @@ def load_manifest(dataset: Path) -> Manifest:
             f"{path} does not add up: {manifest.rows_in} rows in, {manifest.rows_kept} kept "
             f"({kept} in its shards), {manifest.rows_rejected} rejected. {REPAIR}"
         )
+    counts = {shard.number: shard.count for shard in manifest.shards}
+    for number, some in manifest.weights.items():
+        if some.removed + some.weighted > counts.get(number, 0):
+            raise BadInput(
+                f"{path} does not add up: {some.removed} samples removed and {some.weighted} "
+                f"weighted of {counts.get(number, 0)} in shard {number}. {REPAIR}"
+            )
     return manifest
 
 

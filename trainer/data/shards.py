@@ -5,7 +5,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -95,14 +95,24 @@ def _add(tar: tarfile.TarFile, sample: Sample) -> dict[str, int]:
     return where
 
 
-def read_index(path: Path, *, repair: str = REPAIR) -> pa.Table:
-    """Read a shard's index: key, `offset.EXT` and `size.EXT` (int64, of the payload), and more."""
+def read_index(
+    path: Path, *, columns: Collection[str] | None = None, repair: str = REPAIR
+) -> pa.Table:
+    """Read a shard's index: key, `offset.EXT` and `size.EXT` (int64, of the payload), and more.
+
+    Args:
+        path: The parquet.
+        columns: Read only those of these columns that are there; None is all.
+        repair: What to do when it is damaged.
+    """
     try:
         content = read_bytes(path)
     except FileNotFoundError as error:
         raise BadInput(f"{path} is not there. {repair}") from error
     try:
-        return pq.read_table(pa.BufferReader(content))
+        parquet = pq.ParquetFile(pa.BufferReader(content))
+        there = parquet.schema_arrow.names
+        return parquet.read([name for name in there if columns is None or name in columns])
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput(f"{path} is no readable parquet file ({error}). {repair}") from error
 

@@ -1,7 +1,7 @@
 """Samples by number: latents with text states from an encoding, or pictures from a dataset."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,14 @@ from torch import Tensor
 from trainer.data.manifest import (
     Encoding,
     Manifest,
+    RowWeights,
     ShardEntry,
     check_files,
     encoding_folder,
+    load_manifest,
 )
 from trainer.data.shards import Shard, read_index
+from trainer.data.tombstones import read_row_weights
 from trainer.errors import BadInput
 from trainer.place import NUM_REQUESTS, is_local
 
@@ -48,6 +51,8 @@ class LatentBatch:
     """fp32 text states, zero after each caption's end."""
     text_mask_BL: Tensor
     """bool, true on real tokens."""
+    weights_B: Tensor | None = None
+    """fp32 weights of the losses; None: all are 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,8 @@ class PictureBatch:
     """int64, how often each sample was seen before."""
     pictures_BCHW: Tensor
     """fp32 RGB in [-1, 1]."""
+    weights_B: Tensor | None = None
+    """fp32 weights of the losses; None: all are 1."""
 
 
 class Source(Protocol):
@@ -76,38 +83,81 @@ class Source(Protocol):
         """Close the files."""
 
 
-class _Shards:
-    """All shards of one folder as one row of samples; opened when first met."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a sample lies, and what it counts."""
 
-    def __init__(self, folder: Path, entries: tuple[ShardEntry, ...]) -> None:
+    shard: Shard
+    row: int
+    weight: float
+
+    @property
+    def key(self) -> str:
+        return self.shard.keys[self.row]
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    shard: Shard
+    weights: NDArray[np.float32]
+    """Of all rows."""
+    live: NDArray[np.int64]
+    """Rows that were not removed."""
+
+
+class _Shards:
+    """All shards of one folder as one row of live samples; opened when first met."""
+
+    def __init__(
+        self,
+        folder: Path,
+        entries: tuple[ShardEntry, ...],
+        *,
+        dataset: Path,
+        weights: Mapping[str, RowWeights],
+    ) -> None:
         check_files(folder, entries)
         self._folder, self._entries = folder, entries
-        self._ends = np.cumsum([entry.count for entry in entries])
-        self._open: dict[int, Shard] = {}
+        self._dataset, self._weights = dataset, weights
+        dead = {number: some.removed for number, some in weights.items()}
+        self._counts = [entry.count - dead.get(entry.number, 0) for entry in entries]
+        self._ends = np.cumsum(self._counts)
+        self._open: dict[int, _OpenShard] = {}
         self.num_samples = int(self._ends[-1])
         # Remote, all the time goes into waiting for answers.
         self._threads = None if is_local(folder) else ThreadPoolExecutor(NUM_REQUESTS)
+        self.weighted = any(some.weighted for some in weights.values())
+        if not self.num_samples:
+            raise BadInput(f"all samples of {dataset} were removed: nothing is left to train on.")
 
-    def read(self, places: Sequence[tuple[Shard, int]], read: Callable[[Shard, int], T]) -> list[T]:
+    def read(self, places: Sequence[_Place], read: Callable[[Shard, int], T]) -> list[T]:
         """Read something of every sample; remote ones at the same time."""
-        shards, rows = zip(*places, strict=True)
+        shards, rows = [place.shard for place in places], [place.row for place in places]
         return list((self._threads.map if self._threads else map)(read, shards, rows))
 
-    def find(self, sample: int) -> tuple[Shard, int]:
-        """Return the shard that holds a sample, and its row there."""
+    def find(self, sample: int) -> _Place:
+        """Find the live sample of a number."""
         number = int(np.searchsorted(self._ends, sample, side="right"))
-        shard = self._open.get(number)
-        if shard is None:
-            entry = self._entries[number]
-            index = read_index(entry.index(self._folder))
-            shard = self._open[number] = Shard(entry.tar(self._folder), index)
-        return shard, int(sample - self._ends[number] + self._entries[number].count)
+        if number not in self._open:
+            self._open[number] = self._open_shard(self._entries[number])
+        opened = self._open[number]
+        row = int(opened.live[sample - self._ends[number] + self._counts[number]])
+        return _Place(opened.shard, row, float(opened.weights[row]))
+
+    def weights(self, places: list[_Place]) -> Tensor | None:
+        """Give the weights of a batch; None if those of the whole dataset are 1."""
+        return torch.tensor([place.weight for place in places]) if self.weighted else None
 
     def close(self) -> None:
-        for shard in self._open.values():
-            shard.close()
+        for opened in self._open.values():
+            opened.shard.close()
         if self._threads:
             self._threads.shutdown()
+
+    def _open_shard(self, entry: ShardEntry) -> _OpenShard:
+        weights = read_row_weights(self._dataset, entry, self._weights.get(entry.number))
+        shard = Shard(entry.tar(self._folder), read_index(entry.index(self._folder)))
+        return _OpenShard(shard, weights, np.flatnonzero(weights))
 
 
 class LatentSource:
@@ -116,7 +166,12 @@ class LatentSource:
     def __init__(self, dataset: Path, encoding: Encoding, *, device: torch.device = _CPU) -> None:
         """Open the sidecar tars of `encoding` for reading by position, batches to `device`."""
         self._device = device
-        self._shards = _Shards(encoding_folder(dataset, encoding.fingerprint), encoding.shards)
+        self._shards = _Shards(
+            encoding_folder(dataset, encoding.fingerprint),
+            encoding.shards,
+            dataset=dataset,
+            weights=load_manifest(dataset).weights,
+        )
         self.num_samples = self._shards.num_samples
 
     def load(self, samples: NDArray[np.int64], visits: NDArray[np.int64]) -> LatentBatch:
@@ -133,6 +188,7 @@ class LatentSource:
             logvar_BCHW=moments_B2CHW[:, 1].to(self._device),
             text_BLD=text_BLD.to(self._device),
             text_mask_BL=mask_BL.to(self._device),
+            weights_B=_to(self._shards.weights(places), self._device),
         )
 
     def close(self) -> None:
@@ -148,7 +204,7 @@ class PictureSource:
     ) -> None:
         """Open the dataset's tars; pictures are resized and centre-cropped to `side_px`."""
         self._device = device
-        self._shards = _Shards(dataset, manifest.shards)
+        self._shards = _Shards(dataset, manifest.shards, dataset=dataset, weights=manifest.weights)
         self._side_px = side_px
         self.num_samples = self._shards.num_samples
 
@@ -161,6 +217,7 @@ class PictureSource:
             ids_B=_ids(places).to(self._device),
             visits_B=torch.from_numpy(visits).to(self._device),
             pictures_BCHW=pictures_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0,
+            weights_B=_to(self._shards.weights(places), self._device),
         )
 
     def close(self) -> None:
@@ -221,6 +278,10 @@ def _npy(content: bytes) -> NDArray[np.float16]:
     return array
 
 
-def _ids(places: list[tuple[Shard, int]]) -> Tensor:
-    keys = np.array([int(shard.keys[row], 16) for shard, row in places], dtype=np.uint64)
+def _ids(places: list[_Place]) -> Tensor:
+    keys = np.array([int(place.key, 16) for place in places], dtype=np.uint64)
     return torch.from_numpy(keys.view(np.int64))
+
+
+def _to(weights_B: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if weights_B is None else weights_B.to(device)

@@ -5,10 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import cv2
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
+from data_prep.perceptual import phash
 from data_prep.plan import read_rows
 from data_prep.publish import Systemic, is_done, publish_unit, read_record, sift, systemic
 from data_prep.quarantine import Rejected, read_quarantine, write_quarantine
@@ -72,6 +76,21 @@ def test_every_fault_lands_in_its_reason_and_every_row_counts_once(whole):
     assert record.rejected == dict(sorted(expected_reasons().items()))
     assert record.rows_kept + sum(record.rejected.values()) == record.rows_in
     assert counted == {True: record.rows_kept, False: sum(record.rejected.values())}
+
+
+def test_the_index_has_the_perceptual_hash_and_the_host(whole):
+    cfg, _, record, _ = whole
+    index = read_index(record.shard.index(cfg.dataset))
+    assert index.schema.field("phash").type == pa.uint64()
+    assert set(index["host"].to_pylist()) == {"127.0.0.1"}
+    with Shard(record.shard.tar(cfg.dataset), index) as shard:
+        for number, value in enumerate(index["phash"].to_pylist()):
+            assert json.loads(shard.read(number, "json"))["phash"] == f"{value:016x}"
+            body = np.frombuffer(shard.read(number, "jpg"), np.uint8)
+            # Of the pixels before the last compression, so a few bits may differ.
+            stored = phash(cv2.imdecode(body, cv2.IMREAD_COLOR_RGB))
+            assert (stored ^ value).bit_count() <= 6
+    assert max(index["phash"].to_pylist()) >= 2**63
 
 
 def test_redirected_rows_are_kept(whole):
