@@ -102,7 +102,7 @@ def print_costs(
         free_bytes: Room where the cache will lie, if that is known.
     """
     table = Table("what", "value", "known how", title="Cache latents, or recompute them?")
-    for line in _lines(found, manifest, todo, free_bytes):
+    for line in _lines(found, manifest, todo, device, free_bytes):
         table.add_row(*line)
     saved_s = found.sample_s / found.sample_bytes * 1e9
     console = Console()
@@ -116,23 +116,27 @@ def print_costs(
 
 
 def _lines(
-    found: Probe, manifest: Manifest, todo: Sequence[ShardEntry], free_bytes: int | None
+    found: Probe,
+    manifest: Manifest,
+    todo: Sequence[ShardEntry],
+    device: str,
+    free_bytes: int | None,
 ) -> Iterator[tuple[str, str, str]]:
     num_images, num_todo = manifest.rows_kept, sum(shard.count for shard in todo)
     source_bytes = sum(shard.bytes for shard in manifest.shards)
-    yield "autoencoder", f"{found.images_per_s:,.1f} images/s", "measured"
-    yield "text encoder", f"{found.tokens_per_s:,.0f} tokens/s", "measured"
-    yield "caption", f"{found.tokens_per_caption:.1f} tokens", "measured, mean"
+    yield "autoencoder", f"{found.images_per_s:,.1f} images/s", f"measured on {device}"
+    yield "text encoder", f"{found.tokens_per_s:,.0f} tokens/s", f"measured on {device}"
+    yield "caption", f"{found.tokens_per_caption:.1f} tokens", "counted, mean"
     size = f"{found.latent_bytes / 1e3:.1f} kB latent + {found.text_bytes / 1e3:.1f} kB text"
-    yield "one sample, fp16", size, "measured"
+    yield "one sample, fp16", size, "counted"
     yield f"whole cache, {num_images:,} images", _gb(num_images * found.sample_bytes), "derived"
     yield f"still to encode, {num_todo:,} images", _gb(num_todo * found.sample_bytes), "derived"
     yield "time to encode them", _time(num_todo * found.sample_s), "derived"
     if free_bytes is not None:
-        yield "free where it will lie", _gb(free_bytes), "measured"
+        yield "free where it will lie", _gb(free_bytes), "counted"
     yield "read per epoch, cached", _gb(num_images * found.sample_bytes), "derived"
     yield "read per epoch, recomputed", _gb(source_bytes), "counted"
-    yield "encoders per epoch, cached", "0 s", "derived"
+    yield "encoders per epoch, cached", "0 s", ""
     yield "encoders per epoch, recomputed", _time(num_images * found.sample_s), "derived"
 
 
