@@ -227,11 +227,27 @@ class EncodeConfig:
     """The models; give `kiln train` the same."""
     batch_images: PositiveInt
     """Pictures per pass through the autoencoder; another number may change the last bit."""
+    batch_tokens: PositiveInt
+    """Tokens per pass through the text encoder; another number may change the last bit."""
     threads: PositiveInt
     """Batches at the same time, one core each; the number changes no byte."""
+    decode_threads: PositiveInt
+    """Threads that read and decode pictures ahead of the encoders; changes no byte either."""
     device: Literal["cpu", "cuda"]
     """Where the models run."""
+    probe_s: NonNegativeFloat
+    """Seconds for measuring the encoders first, and printing what a cache costs; 0 is none."""
+    dry_run: bool
+    """Measure, print what the cache would cost and save, and stop."""
+    parts: PositiveInt
+    """Commands that share the work, e.g. tasks of a Slurm array; each does every parts-th shard."""
+    part: NonNegativeInt
+    """Which of them this is, from 0, e.g. $SLURM_ARRAY_TASK_ID."""
     recheck: Literal["sizes", "hashes"]
     """How finished shards are judged when the command is given again; hashes reads them all."""
     tdp_w_per_core: PositiveFloat
     """Watts of one busy CPU core for the TDP model, used only where no energy counter exists."""
+
+    def __post_init__(self) -> None:
+        if self.part >= self.parts:
+            raise ValueError(f"part={self.part}, need 0 to parts - 1 = {self.parts - 1}.")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -164,7 +164,17 @@ class LatentSource:
     """Reads `KEY.latent.npy` and `KEY.text.npy` of one encoding."""
 
     def __init__(self, dataset: Path, encoding: Encoding, *, device: torch.device = _CPU) -> None:
-        """Open the sidecar tars of `encoding` for reading by position, batches to `device`."""
+        """Open the sidecar tars of `encoding` for reading by position, batches to `device`.
+
+        Raises:
+            BadInput: The encoding has latents of several sizes, or files are missing.
+        """
+        if encoding.facts.get("buckets"):
+            raise BadInput(
+                f"the encoding {encoding.fingerprint} of {dataset} has aspect buckets "
+                "(encoders.buckets), and training stacks latents of one size. Give encoders.buckets"
+                "=null to `kiln encode` and to this command: both encodings can lie side by side."
+            )
         self._device = device
         self._shards = _Shards(
             encoding_folder(dataset, encoding.fingerprint),
@@ -244,18 +254,38 @@ def decode_square(content: bytes, side_px: int, *, name: str) -> NDArray[np.uint
     Raises:
         BadInput: The bytes are no picture.
     """
-    bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    return cover(decode_bgr(content, name=name), side_px, side_px).rgb_HWC
+
+
+def decode_bgr(content: bytes, *, name: str) -> NDArray[np.uint8]:
+    """Decode a JPEG, PNG or WebP to ``(H, W, 3)`` BGR; `name` is for the error."""
+    bgr: NDArray[np.uint8] | None = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     if bgr is None:
         raise BadInput(f"{name} does not decode as a picture; `kiln verify` re-hashes its tar.")
-    height, width = bgr.shape[:2]
-    scale = side_px / min(height, width)
+    return bgr
+
+
+class Covered(NamedTuple):
+    """A picture that was resized to cover a box, and cut to it."""
+
+    rgb_HWC: NDArray[np.uint8]
+    top: int
+    """First row of the crop in the resized picture."""
+    left: int
+    """First column."""
+
+
+def cover(bgr_HWC: NDArray[np.uint8], width_px: int, height_px: int) -> Covered:
+    """Resize a picture until it just covers a box, and crop the centre."""
+    height, width = bgr_HWC.shape[:2]
+    scale = max(width_px / width, height_px / height)
     if scale != 1:
-        size = (max(side_px, round(width * scale)), max(side_px, round(height * scale)))
+        size = (max(width_px, round(width * scale)), max(height_px, round(height * scale)))
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        bgr = cv2.resize(bgr, size, interpolation=how)
-    top, left = (bgr.shape[0] - side_px) // 2, (bgr.shape[1] - side_px) // 2
-    crop = bgr[top : top + side_px, left : left + side_px, ::-1]
-    return np.ascontiguousarray(crop).astype(np.uint8, copy=False)
+        bgr_HWC = cv2.resize(bgr_HWC, size, interpolation=how)
+    top, left = (bgr_HWC.shape[0] - height_px) // 2, (bgr_HWC.shape[1] - width_px) // 2
+    crop = bgr_HWC[top : top + height_px, left : left + width_px, ::-1]
+    return Covered(np.ascontiguousarray(crop).astype(np.uint8, copy=False), top, left)
 
 
 def pad_texts(texts: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,10 @@ def config(dataset, folders, **changes):
             f"encoders.text.path={t5}",
             "encoders.image_side_px=16",
             "batch_images=4",
+            "batch_tokens=32",
             "threads=1",
+            "decode_threads=1",
+            "probe_s=0",
         ],
     )
     return freeze(EncodeConfig, thaw(cfg) | changes)
