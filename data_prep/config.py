@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from data_prep.config_scorers import ScorersConfig
 from trainer.config import EncodersConfig
 from trainer.frozen import config
 from trainer.place import Place, is_local, local_folder
@@ -105,6 +106,8 @@ class PrepareConfig:
     """Names of the source's columns."""
     download: DownloadConfig
     """How pictures are fetched."""
+    scorers: ScorersConfig
+    """Models that look at every picture before it is published."""
     distributor: Literal["processes", "ray", "pyspark"]
     """Who runs the units: processes of this machine, or img2dataset's distributor for a cluster."""
     processes: PositiveInt | None

@@ -1,8 +1,8 @@
-"""What a policy file may say: which rows are rejected by their metadata, before any download."""
+"""What a policy file may say: which rows are rejected for their metadata or known content."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.frozen import config
 
@@ -29,7 +29,10 @@ class PolicyConfig:
     min_caption_words: NonNegativeInt
     """Captions with fewer words are rejected."""
     languages: tuple[str, ...]
-    """ISO 639-1 codes to keep, by the column LANGUAGE."""
+    """ISO 639-1 codes to keep, by the column LANGUAGE; where a row has none, the language of its
+    caption is detected, before the download. Carry the column in columns.extra."""
+    min_language_confidence: Annotated[float, Field(ge=0, le=1)]
+    """A caption whose language is detected with less confidence has none: see missing."""
     min_similarity: float | None
     """Column similarity: cosine of picture and caption as CLIP sees them."""
     max_punsafe: NonNegativeFloat | None
@@ -56,6 +59,8 @@ class PolicyConfig:
     """File of URLs to reject, one a line."""
     denied_hashes_file: str | None
     """File of hashes to reject, one a line: values of the column hash, or md5 or sha256 of URLs."""
+    denied_content_file: str | None
+    """File of hashes to reject, one a line: md5 or sha256 of downloaded files or of stored ones."""
 
     def __post_init__(self) -> None:
         if self.safety == "denylist" and not (self.denied_urls_file or self.denied_hashes_file):

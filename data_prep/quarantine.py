@@ -13,7 +13,7 @@ from trainer.errors import BadInput
 
 
 class Reason(StrEnum):
-    """Every reason besides `http_<code>`, the answers that are no picture.
+    """Every reason besides `http_<code>`, the answers that are no picture, and `rule_<key>`.
 
     REMOVED rows have a URL that was taken down. RETRIED is no end: the row is counted in the unit
     that tries it again.
@@ -37,6 +37,12 @@ class Reason(StrEnum):
     BAD_RESPONSE = "bad_response"
     TOO_MANY_REDIRECTS = "too_many_redirects"
     REMOVED = "removed"
+    LANGUAGES = "rule_languages"
+    DENIED_CONTENT = "denied_content"
+    SCORE_NSFW = "score_nsfw"
+    SCORE_CLIP = "score_clip"
+    SCORE_AESTHETIC = "score_aesthetic"
+    SCORE_OCR = "score_ocr"
     OTHER = "other"
     RETRIED = "retried"
 
@@ -108,7 +114,7 @@ class Rejected:
     url: str | None
     """As the source has it."""
     stage: str
-    """'source' (never fetched), 'download' or 'decode'."""
+    """'source' (never fetched), 'download', 'decode' or 'score'."""
     reason: str
     """A Reason, or http_<code>."""
     detail: str

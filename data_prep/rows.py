@@ -33,6 +33,8 @@ class Row:
     caption: str
     extra: dict[str, Any]
     """The extra columns that have a value."""
+    language: str | None = None
+    """What the caption is written in, 'und' if that is unclear; None if the policy does not ask."""
 
 
 def row_key(url: str, caption: str) -> str:
