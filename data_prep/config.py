@@ -1,5 +1,6 @@
 """What the data commands may be told: frozen dataclasses."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -118,6 +119,10 @@ class PrepareConfig:
     """How finished shards are judged when the command is given again; hashes reads them all."""
     retry: tuple[str, ...]
     """Reasons of the quarantine for which rows are tried once more, e.g. [timeout,connection]."""
+    wandb: Literal["auto", "offline", "online", "off"]
+    """Numbers to W&B as well; auto: online when a key is set, else offline in the dataset."""
+    wandb_project: str
+    """W&B project."""
     tdp_w_per_core: NonNegativeFloat
     """Watts of one busy CPU core for the energy model, used only where no counter exists."""
 
@@ -141,10 +146,14 @@ class PrepareConfig:
 
     @property
     def scratch_folder(self) -> Path:
-        """The folder for intermediate files with its default filled in."""
+        """This command's own folder for intermediate files, which it removes at the end."""
         if self.scratch is not None:
-            return self.scratch
-        return (self.dataset if is_local(self.dataset) else local_folder(self.dataset)) / ".work"
+            name = hashlib.sha256(str(self.dataset).encode()).hexdigest()[:16]
+            folder = self.scratch / f"kiln-{name}"
+        else:
+            near = self.dataset if is_local(self.dataset) else local_folder(self.dataset)
+            folder = near / ".work"
+        return folder if self.parts == 1 else folder / f"part-{self.part:04d}"
 
     @property
     def quality(self) -> int:
@@ -248,6 +257,10 @@ class EncodeConfig:
     """Which of them this is, from 0, e.g. $SLURM_ARRAY_TASK_ID."""
     recheck: Literal["sizes", "hashes"]
     """How finished shards are judged when the command is given again; hashes reads them all."""
+    wandb: Literal["auto", "offline", "online", "off"]
+    """Numbers to W&B as well; auto: online when a key is set, else offline in the dataset."""
+    wandb_project: str
+    """W&B project."""
     tdp_w_per_core: PositiveFloat
     """Watts of one busy CPU core for the TDP model, used only where no energy counter exists."""
 

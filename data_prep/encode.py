@@ -31,6 +31,7 @@ from data_prep.encode_shard import (
     record_path,
     write_sidecar,
 )
+from data_prep.observed import RateLog, observed
 from data_prep.prepare import locked, say
 from data_prep.probe import print_costs, probe
 from data_prep.publish import status_path
@@ -52,7 +53,6 @@ from trainer.models.autoencoders import load_autoencoder
 from trainer.models.fingerprint import Identity, identify
 from trainer.models.text_encoders import load_text_encoder
 from trainer.observe.countdown import Countdown
-from trainer.observe.ledger import accounted
 from trainer.place import NUM_REQUESTS, is_local, read_bytes, remove, storage
 
 NULL_TEXT = "null_text.npy"
@@ -186,8 +186,8 @@ def _do(cfg: EncodeConfig, work: Work) -> None:
         return
     if cfg.probe_s:
         _print_costs(cfg, work, encoders)
-    with accounted(cfg.dataset, stage="encode", tdp_w_per_core=cfg.tdp_w_per_core):
-        _run_todo(cfg, work, todo, encoders)
+    with observed(cfg, stage="encode") as rates:
+        _run_todo(cfg, work, todo, encoders, rates)
 
 
 def _load(cfg: EncodeConfig) -> Encoders:
@@ -226,7 +226,11 @@ def _print_costs(cfg: EncodeConfig, work: Work, encoders: Encoders) -> None:
 
 
 def _run_todo(
-    cfg: EncodeConfig, work: Work, todo: Sequence[ShardEntry], encoders: Encoders
+    cfg: EncodeConfig,
+    work: Work,
+    todo: Sequence[ShardEntry],
+    encoders: Encoders,
+    rates: RateLog,
 ) -> None:
     """Read ahead of the encoders and write behind them; add the records to `work.records`."""
     num_images = sum(shard.count for shard in todo)
@@ -242,16 +246,18 @@ def _run_todo(
         closing(run_ahead(encode_samples(chunks, encoders, busy), WRITE_BEHIND_IMAGES)) as samples,
     ):
         progress.update(0)
+        counted = _counted(samples, progress, rates)
         for shard in todo:
             work.records[shard.number] = write_sidecar(
                 work.folder,
                 shard,
-                _counted(islice(samples, shard.count), progress),
+                islice(counted, shard.count),
                 latent_shape=(channels, rows, columns),
             )
         progress.finish()
     elapsed_s = time.monotonic() - started_s
     busy_frac = busy.frac(threads=encoders.threads, wall_s=elapsed_s)
+    rates.finish({"encoder_busy_frac": busy_frac})
     say(
         f"encoded {num_images} images in {elapsed_s:.1f} s, {num_images / elapsed_s:.1f} images/s; "
         f"encoder_busy_frac {busy_frac:.3f} ({_by_kind(busy)})"
@@ -271,10 +277,11 @@ def _run_todo(
     )
 
 
-def _counted(samples: Iterable[Encoded], progress: Countdown) -> Iterator[Encoded]:
-    for sample in samples:
+def _counted(samples: Iterable[Encoded], progress: Countdown, rates: RateLog) -> Iterator[Encoded]:
+    for done, sample in enumerate(samples, start=1):
+        progress.update(done)
+        rates.update(done, done)
         yield sample
-        progress.advance(1)
 
 
 def _by_kind(busy: Busy) -> str:

@@ -46,6 +46,7 @@ from trainer.data.publish import file_sha256, publish_json, published
 from trainer.data.tombstones import removed_urls
 from trainer.errors import BadInput
 from trainer.frozen import thaw
+from trainer.observe.ledger import accounted
 from trainer.place import open_sparsely, read_bytes, remove
 
 BATCH_ROWS = 10_000
@@ -225,9 +226,13 @@ def make_plan(cfg: PrepareConfig, policy: Policy, scratch: Path) -> list[Generat
         generations, known = [], []
     if generations and set(files) <= set(known):
         return generations
-    with closing(
-        connect(scratch / "duckdb", memory_gb=cfg.plan_memory_gb, threads=cfg.num_processes)
-    ) as connection:
+    part = cfg.part if cfg.parts > 1 else None
+    with (
+        accounted(cfg.dataset, stage="plan", part=part, tdp_w_per_core=cfg.tdp_w_per_core),
+        closing(
+            connect(scratch / "duckdb", memory_gb=cfg.plan_memory_gb, threads=cfg.num_processes)
+        ) as connection,
+    ):
         added = _add_generation(connection, cfg, policy, files, generations)
     if added.rows_in:
         generations = [*generations, added]

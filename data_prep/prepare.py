@@ -18,6 +18,7 @@ from rich.table import Table
 
 from data_prep.config import PrepareConfig
 from data_prep.distribute import run_distributed
+from data_prep.observed import RateLog, observed
 from data_prep.plan import (
     Generation,
     Unit,
@@ -45,7 +46,6 @@ from trainer.data.tombstones import save_state, weigh
 from trainer.errors import BadInput, BadWorld
 from trainer.frozen import thaw
 from trainer.observe.countdown import Countdown
-from trainer.observe.ledger import accounted
 from trainer.place import NUM_REQUESTS, is_local, local_folder, remove, storage
 
 # What shapes the stored bytes or decides about rows; the rest may change between two runs.
@@ -61,6 +61,8 @@ _NO_RULES = (
     "threads",
     "recheck",
     "retry",
+    "wandb",
+    "wandb_project",
     "tdp_w_per_core",
 )
 _NO_DOWNLOAD_RULES = (
@@ -168,8 +170,8 @@ def _do(cfg: PrepareConfig, work: Work) -> int:
     if todo:
         if work.records:
             say(f"{finished(work)}; going on.")
-        with accounted(cfg.dataset, stage="prepare", tdp_w_per_core=cfg.tdp_w_per_core):
-            _run_todo(cfg, work, todo)
+        with observed(cfg, stage="prepare") as rates:
+            _run_todo(cfg, work, todo, rates)
     shutil.rmtree(cfg.scratch_folder, ignore_errors=True)
     return len(todo)
 
@@ -188,31 +190,39 @@ def _finish(cfg: PrepareConfig, work: Work, num_published: int) -> int:
     return 0
 
 
-def _run_todo(cfg: PrepareConfig, work: Work, todo: list[Unit]) -> None:
+def _run_todo(cfg: PrepareConfig, work: Work, todo: list[Unit], rates: RateLog) -> None:
     """Publish the missing units; add their records to `work.records`."""
     if not cfg.download.accept_unreachable:
         urls = (row.url for unit in islice(todo, 3) for row in read_rows(cfg.dataset, unit))
         check_reachable(urls, cfg.download)
     num_processes = min(cfg.num_processes, len(todo))
     failed: list[Systemic] = []
+    rejected = Counter[str]()
     publish = run_units if cfg.distributor == "processes" else run_distributed
     try:
         with Countdown("downloading", sum(unit.rows for unit in todo)) as progress:
+
+            def on_rows(done: int, kept: int) -> None:
+                progress.update(done, kept)
+                rates.update(done, kept)
+
             for unit, result in publish(
                 todo,
                 cfg,
                 work.rules_sha256,
                 num_processes=num_processes,
-                on_rows=progress.update,
+                on_rows=on_rows,
             ):
                 if isinstance(result, UnitRecord):
                     work.records[unit.name] = result
+                    rejected.update(result.rejected)
                 else:
                     failed.append(result)
                 # What is wrong with one in every process is wrong with the next, too.
                 if len(failed) >= num_processes:
                     break
             progress.finish()
+        rates.finish({f"rejected/{reason}": count for reason, count in rejected.items()})
     except KeyboardInterrupt:
         say(f"{finished(work)}.")
         raise

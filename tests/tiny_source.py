@@ -69,6 +69,7 @@ def prepare_overrides(source, dataset, *more):
         "download.timeout_s=2",
         "processes=1",
         "threads=16",
+        "wandb=off",
         *more,
     ]
 
@@ -85,7 +86,7 @@ def tree_hashes(dataset):
         for path in sorted(dataset.rglob("*"))
         if path.is_file()
         and path.name not in skip
-        and path.parent.name != "status"
+        and not {"status", "observe", "ledger"} & set(path.relative_to(dataset).parts)
         and not path.name.startswith(".")
     }
 

@@ -250,22 +250,28 @@ def _killed_row(rows: Sequence[dict[str, Any]], *, before_unix_s: float) -> dict
 
 
 @contextmanager
-def accounted(folder: Path, *, stage: str, tdp_w_per_core: float) -> Iterator[None]:
+def accounted(
+    folder: Path, *, stage: str, tdp_w_per_core: float, part: int | None = None
+) -> Iterator[int]:
     """Count the seconds and joules of a command without steps into the account of a dataset.
 
     Args:
         folder: A dataset.
         stage: prepare, encode, ...
         tdp_w_per_core: For the model where there is no energy counter.
+        part: Which task of an array this is; parts write files of their own, as ranks.
+
+    Yields:
+        The number of this attempt.
     """
     meters = open_meters(tdp_w_per_core=tdp_w_per_core)
-    path = _account_path(folder)
+    path = _account_path(folder, stage, part)
     others = [] if is_local(folder) else read_account(folder)
     following = 1 + max((row["attempt"] for row in others if row["stage"] == stage), default=-1)
-    ledger = Ledger(path, stage=stage, attempt=following, meters=meters)
+    ledger = Ledger(path, stage=stage, attempt=following, rank=part or 0, meters=meters)
     ledger.switch("productive")
     try:
-        yield
+        yield ledger.attempt
     finally:
         try:
             ledger.close()
@@ -277,17 +283,18 @@ def accounted(folder: Path, *, stage: str, tdp_w_per_core: float) -> Iterator[No
             log.warning("%s: this command is not in the account (%s)", folder, error)
 
 
-def _account_path(folder: Path) -> Path:
+def _account_path(folder: Path, stage: str, part: int | None) -> Path:
     """Where this machine writes; nothing can be appended to an object, so each has its own file.
 
     It stays here after it was published: what a kill kept from being so is in the next one.
     """
+    prefix = "" if part is None else f"{stage}-{part:04d}"
     if is_local(folder):
-        return folder / "ledger.jsonl"
+        return folder / (f"ledger/{prefix}.jsonl" if prefix else "ledger.jsonl")
     own = local_folder(folder) / "ledger"
     own.mkdir(exist_ok=True)
-    fresh = own / f"{socket.gethostname()}-{time.time_ns()}.jsonl"
-    return min(own.glob("*.jsonl"), default=fresh)
+    name = f"{prefix}{'-' if prefix else ''}{socket.gethostname()}"
+    return min(own.glob(f"{name}-*.jsonl"), default=own / f"{name}-{time.time_ns()}.jsonl")
 
 
 def read_account(dataset: Path) -> list[dict[str, Any]]:
