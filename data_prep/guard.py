@@ -220,7 +220,7 @@ class GuardedOpener(urllib.request.OpenerDirector):
             with contextlib.suppress(SiteUnknown):
                 tdm = self._site_file(origin + TDM_PATH, clock)
         return SiteRules(
-            robots=None if robots is None else parse_robots(robots),
+            robots=None if robots is None else parse_robots(robots, self._wishes.token),
             tdm=None if tdm is None else parse_tdmrep(tdm),
             num_bytes=len(robots or b"") + len(tdm or b""),
         )
