@@ -89,7 +89,6 @@ class GuardedOpener(urllib.request.OpenerDirector):
         *,
         num_processes: int = 1,
         courtesy: Courtesy | None = None,
-        keep_alive: bool = True,
     ) -> None:
         """Set up; nothing is opened.
 
@@ -97,7 +96,6 @@ class GuardedOpener(urllib.request.OpenerDirector):
             cfg: The rules.
             num_processes: Processes that share what a host may be burdened with.
             courtesy: Instead of one that follows `cfg`.
-            keep_alive: Whether connections are kept.
         """
         super().__init__()
         self._cfg = cfg
@@ -110,9 +108,7 @@ class GuardedOpener(urllib.request.OpenerDirector):
         )
         self._wishes = wishes(cfg.user_agent, cfg.robots_directives, tdm=cfg.tdm)
         self._sites = Sites()
-        self._transport = Transport(
-            user_agent=cfg.user_agent, allow_hosts=cfg.allow_hosts, keep_alive=keep_alive
-        )
+        self._transport = Transport(user_agent=cfg.user_agent, allow_hosts=cfg.allow_hosts)
 
     def open(  # type: ignore[override]
         self,
@@ -224,7 +220,7 @@ class GuardedOpener(urllib.request.OpenerDirector):
             with contextlib.suppress(SiteUnknown):
                 tdm = self._site_file(origin + TDM_PATH, clock)
         return SiteRules(
-            robots=None if robots is None else parse_robots(robots),
+            robots=None if robots is None else parse_robots(robots, self._wishes.token),
             tdm=None if tdm is None else parse_tdmrep(tdm),
             num_bytes=len(robots or b"") + len(tdm or b""),
         )

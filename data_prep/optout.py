@@ -26,12 +26,15 @@ MAX_FILE_BYTES = 500 * 1024
 _VALID_S = 24 * 3600.0  # RFC 9309, 2.4
 _FAILURE_VALID_S = 60.0
 _MAX_SITES = 4096
-_MAX_TEXT_BYTES = 8 << 20  # of all files in the cache; parsed they take some thirty times as much
+_MAX_TEXT_BYTES = 4 << 20  # of all files in the cache; parsed they take up to sixty times as much
 _MAX_PAGE_BYTES = 1 << 16
+_ROBOT = re.compile(r"user[- ]?agent\s*[:\s]\s*(\S.*)", re.IGNORECASE)
+# With the misspellings that Protego understands.
+_RULE = re.compile(r"(allow|diss?all?ow|diasllow|disallaw)[:\s]", re.IGNORECASE)
 # Directives with a value of their own: the colon in them does not name a robot.
 _VALUED = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 _META = re.compile(rb"<meta\b([^>]{0,1000})>", re.IGNORECASE)
-_ATTRIBUTE = re.compile(r"""([\w-]+)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)""")
+_ATTRIBUTE = re.compile(r"""(?<![\w-])([\w-]+)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +104,35 @@ class SiteRules:
 
     def problem(self, url: str, token: str) -> str | None:
         """Give the file that forbids the use of a URL, or None."""
-        if self.robots is not None and not self.robots.can_fetch(url, token):
+        if self.robots is not None and not self.robots.can_fetch(url, "*"):
             return f"{ROBOTS_PATH} disallows it for {token}"
-        if self.tdm is not None and not self.tdm.can_fetch(url, token):
+        if self.tdm is not None and not self.tdm.can_fetch(url, "*"):
             return f"{TDM_PATH} reserves it"
         return None
 
 
-def parse_robots(body: bytes) -> Protego:
-    """Read a robots.txt; what is none has no rules."""
-    return Protego.parse(body[:MAX_FILE_BYTES].decode("utf-8-sig", errors="replace"))
+def parse_robots(body: bytes, token: str) -> Protego:
+    """Read what a robots.txt says to one robot; what is no robots.txt says nothing.
+
+    The group that names it counts, else that of `*`. Protego judges this group alone: a file of
+    many robots and many rules would make it multiply the two.
+    """
+    rules: dict[str, list[str]] = {}
+    spoken_to: set[str] = set()
+    in_rules = False
+    for full in body[:MAX_FILE_BYTES].decode("utf-8-sig", errors="replace").splitlines():
+        line = full.partition("#")[0].strip()
+        if found := _ROBOT.match(line):
+            spoken_to, in_rules = (set() if in_rules else spoken_to), False
+            name = found[1].lower().partition("/")[0].rstrip("* ") or "*"
+            if name in {token, "*"}:
+                spoken_to.add(name)
+                rules.setdefault(name, [])
+        elif _RULE.match(line):
+            in_rules = True
+            for name in spoken_to:
+                rules[name].append(line)
+    return _group(rules.get(token, rules.get("*", [])))
 
 
 def parse_tdmrep(body: bytes) -> Protego:
@@ -119,10 +141,14 @@ def parse_tdmrep(body: bytes) -> Protego:
     Its locations are patterns as in robots.txt, so they are judged by the same code; of several
     that match the longest decides.
     """
-    lines = ["User-agent: *"]
-    for location, reserved in _reservations(body):
-        lines.append(f"{'Disallow' if reserved else 'Allow'}: {location}")
-    return Protego.parse("\n".join(lines))
+    return _group(
+        f"{'Disallow' if reserved else 'Allow'}: {location}"
+        for location, reserved in _reservations(body)
+    )
+
+
+def _group(rules: Iterable[str]) -> Protego:
+    return Protego.parse("\n".join(["User-agent: *", *dict.fromkeys(rules)]))
 
 
 def _reservations(body: bytes) -> Iterator[tuple[str, bool]]:

@@ -79,6 +79,8 @@ class Target:
     host: str
     """In ASCII, lower case, without brackets."""
     port: int
+    netloc: str
+    """Host and, if it is not the scheme's, port."""
     path: str
     """With the query, percent-encoded."""
 
@@ -86,12 +88,6 @@ class Target:
     def origin(self) -> str:
         """Scheme, host and port as a URL without a path."""
         return f"{self.scheme}://{self.netloc}"
-
-    @property
-    def netloc(self) -> str:
-        """Host and, if it is not the scheme's, port."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
 
 
 def parse_url(url: str) -> Target:
@@ -110,7 +106,9 @@ def parse_url(url: str) -> Target:
         raise ValueError("no host")
     port = PORTS[scheme] if parts.port is None else parts.port
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Target(scheme, host, port, quote(path, URL_SAFE, errors="replace"))
+    netloc = f"[{host}]" if ":" in host else host
+    netloc = netloc if port == PORTS[scheme] else f"{netloc}:{port}"
+    return Target(scheme, host, port, netloc, quote(path, URL_SAFE, errors="replace"))
 
 
 def is_public(address: str) -> bool:
@@ -218,12 +216,16 @@ class _Connection:
         self._clock: Clock | None = None
 
     def send(self, request: bytes, clock: Clock) -> http.client.HTTPResponse:
-        """Send a request and receive the head of its answer."""
+        """Send a request and receive the head of its answer; a failure closes the connection."""
         self._clock = clock
-        self.sock.settimeout(clock.wait_s())
-        self.sock.sendall(request)
-        response = http.client.HTTPResponse(self, method="GET")  # type: ignore[arg-type]
-        response.begin()
+        try:
+            self.sock.settimeout(clock.wait_s())
+            self.sock.sendall(request)
+            response = http.client.HTTPResponse(self, method="GET")  # type: ignore[arg-type]
+            response.begin()
+        except BaseException:
+            self.close()
+            raise
         assert self.received is not None
         self.received.raw.head_bytes_left = None
         return response
@@ -247,22 +249,19 @@ class _Connection:
 class Transport:
     """Fetches bodies over connections that are kept for the next request to the same origin.
 
-    robots.txt, tdmrep.json and the pictures of a host share connections, also between threads.
+    robots.txt, tdmrep.json and the pictures of a host share connections, also between threads. A
+    connection is kept only after an answer that came whole, with nothing behind it.
     """
 
-    def __init__(
-        self, *, user_agent: str, allow_hosts: tuple[str, ...], keep_alive: bool = True
-    ) -> None:
+    def __init__(self, *, user_agent: str, allow_hosts: tuple[str, ...]) -> None:
         """Set up; nothing is opened.
 
         Args:
             user_agent: Who asks.
             allow_hosts: HOST or HOST:PORT that may have private addresses.
-            keep_alive: Whether connections are kept.
         """
         self._user_agent, self._allow_hosts = user_agent, allow_hosts
         self._tls = ssl.create_default_context()  # one for all: each costs CPU milliseconds
-        self._keep_alive = keep_alive
         self._idle: OrderedDict[_Connection, str] = OrderedDict()  # the longest idle first
         self._by_origin: dict[str, list[_Connection]] = {}
         self._lock = threading.Lock()
@@ -287,8 +286,7 @@ class Transport:
         """
         request = (
             f"GET {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\n"
-            f"User-Agent: {self._user_agent}\r\nAccept-Encoding: identity\r\n"
-            f"Connection: {'keep-alive' if self._keep_alive else 'close'}\r\n\r\n"
+            f"User-Agent: {self._user_agent}\r\nAccept-Encoding: identity\r\n\r\n"
         ).encode("ascii")
         try:
             connection, response = self._ask(target, request, clock)
@@ -318,20 +316,13 @@ class Transport:
     def _ask(
         self, target: Target, request: bytes, clock: Clock
     ) -> tuple[_Connection, http.client.HTTPResponse]:
-        while (kept := self._take(target.origin)) is not None:
-            try:
+        kept = self._take(target.origin)
+        if kept is not None:
+            # If it was closed while it was idle, a GET may be asked again.
+            with contextlib.suppress(ConnectionError):
                 return kept, kept.send(request, clock)
-            except ConnectionError:  # closed while it was idle; a GET may be asked again
-                kept.close()
-            except BaseException:
-                kept.close()
-                raise
         connection = self._connect(target, clock)
-        try:
-            return connection, connection.send(request, clock)
-        except BaseException:
-            connection.close()
-            raise
+        return connection, connection.send(request, clock)
 
     def _connect(self, target: Target, clock: Clock) -> _Connection:
         try:
