@@ -1,5 +1,6 @@
 """A real S3 server on loopback: SeaweedFS, with a bucket, and with keys of several rights."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -138,6 +139,14 @@ class S3Server:
         fs, root = self.client("reader"), url.removeprefix("s3://")
         names = sorted(fs.find(root))
         return {name.removeprefix(f"{root}/"): fs.cat_file(name) for name in names}
+
+    def hashes(self, url):
+        """What `tree_hashes` gives of a folder: all that a run must reproduce."""
+        return {
+            name: hashlib.sha256(content).hexdigest()
+            for name, content in self.tree(url).items()
+            if name.split("/")[0] not in {"ledger", "status"} and name != "plan/sources.json"
+        }
 
     def close(self):
         """End it and what it started."""
