@@ -316,7 +316,8 @@ def _leftovers(dataset: Path, units: list[Unit]) -> list[str]:
 def locked(dataset: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
     """Keep other commands out of the dataset; the lock ends with the process.
 
-    A remote dataset is locked on this machine only: `parts=` and `part=` keep machines apart.
+    A remote dataset is locked on this machine only. `parts=` and `part=` keep machines apart; what
+    all of them write, the plan and the manifest, has the same bytes whoever does.
 
     Args:
         dataset: The folder or URL.

@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kiln: got the command '{name}'; known: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("botocore", "aiobotocore"):  # they would say where they found credentials
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         module = importlib.import_module(COMMANDS[name][0])
         return int(module.main(rest))

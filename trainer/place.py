@@ -192,12 +192,13 @@ def storage_errors(where: Path) -> Iterator[None]:
 
 def explain(where: Path, error: Exception) -> BadInput | BadWorld | None:
     """Say what is wrong and what to do about it; None for errors that are not the storage's."""
-    ours: BaseException = error
-    while ours.__cause__ is not None and not hasattr(ours, "response"):
+    ours: BaseException | None = error
+    while ours is not None:
+        answer = getattr(ours, "response", None)  # as botocore gives it, in all of its errors
+        if isinstance(answer, dict):
+            problem = answer.get("Error", {})
+            return _refused(where, str(problem.get("Code")), str(problem.get("Message")))
         ours = ours.__cause__
-    if hasattr(ours, "response"):
-        problem = ours.response.get("Error", {})
-        return _refused(where, str(problem.get("Code")), str(problem.get("Message")))
     if type(error).__name__ in {"NoCredentialsError", "PartialCredentialsError"}:
         return BadInput(f"{where}: no credentials found. Set {_CREDENTIALS}.")
     if type(error).__module__.partition(".")[0] in {"botocore", "aiobotocore", "aiohttp"}:
