@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from data_prep.config import PrepareConfig
+from data_prep.captions import clean_caption
+from data_prep.config import CaptionsConfig, PrepareConfig
 from data_prep.guard import scheme_problem
 from data_prep.plan import Unit, moved_keys, read_rows
 from data_prep.quarantine import (
@@ -36,6 +37,7 @@ from trainer.data.shards import Sample, write_shard
 
 MIN_SYSTEMIC_ROWS = 20
 """Fewer rows than this say nothing about the network or the tools."""
+_QUOTED_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +160,8 @@ def _publish_unit(
 ) -> UnitRecord | Systemic:
     dataset, name = cfg.dataset, unit.name
     retract_unit(dataset, name)
-    rejected, candidates = sift(read_rows(dataset, unit), moved_keys(dataset, unit))
+    rows = read_rows(dataset, unit)
+    rejected, candidates = sift(rows, moved_keys(dataset, unit), cfg.captions)
     num_sifted = len(rejected)
     work = cfg.scratch_folder / name
     shutil.rmtree(work, ignore_errors=True)
@@ -236,12 +239,15 @@ def retract_unit(dataset: Path, name: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def sift(rows: Iterable[Row], moved: Collection[str] = ()) -> tuple[list[Rejected], list[Row]]:
-    """Part rows into those that need not be fetched, with the reason, and the others.
+def sift(
+    rows: Iterable[Row], moved: Collection[str], captions: CaptionsConfig
+) -> tuple[list[Rejected], list[Row]]:
+    """Part rows into those that need not be fetched, with the reason, and the others, cleaned.
 
     Args:
         rows: Of one unit.
         moved: Keys of rows that a later unit tries again.
+        captions: How captions are cleaned; an original that differs is in `extra`.
     """
     rejected: list[Rejected] = []
     candidates: list[Row] = []
@@ -250,8 +256,14 @@ def sift(rows: Iterable[Row], moved: Collection[str] = ()) -> tuple[list[Rejecte
             rejected.append(retried(row.key, row.url))
         elif problem := scheme_problem(row.url):
             rejected.append(_rejected(row, "source", Reason.SCHEME_REFUSED, problem))
-        else:
+        elif not (caption := clean_caption(row.caption, captions)):
+            problem = f"nothing left of {row.caption[:_QUOTED_CHARS]!r}"
+            rejected.append(_rejected(row, "source", Reason.MISSING_CAPTION, problem))
+        elif caption == row.caption:
             candidates.append(row)
+        else:
+            extra = row.extra | {"caption_original": row.caption}
+            candidates.append(replace(row, caption=caption, extra=extra))
     return rejected, candidates
 
 
@@ -269,8 +281,8 @@ def _samples(
     """Download rows and yield the samples in order of their keys; failures join `rejected`."""
     from data_prep.download import fetch  # noqa: PLC0415 - imports img2dataset, seconds
 
-    urls, captions = [row.url for row in rows], [row.caption for row in rows]
-    for row, fetched in zip(rows, fetch(urls, captions, work, cfg, on_row), strict=True):
+    urls = [row.url for row in rows]
+    for row, fetched in zip(rows, fetch(urls, work, cfg, on_row), strict=True):
         if fetched.facts is None:
             reason, detail = reason_of(fetched.status, fetched.message)
             stage = "decode" if fetched.status == "failed_to_resize" else "download"
