@@ -109,8 +109,8 @@ class PrepareConfig:
     background_rgb: tuple[Byte, Byte, Byte]
     """Colour behind transparent pixels, and of the bars of resize_mode=border."""
     min_std: NonNegativeFloat
-    """Pictures whose grey values (0 to 255) have a smaller standard deviation are rejected as
-    blank; 0 keeps all."""
+    """Pictures of which no colour (0 to 255) has a standard deviation like this or greater are
+    rejected as blank; 0 keeps all."""
     captions: CaptionsConfig
     """How captions are cleaned."""
     columns: ColumnsConfig

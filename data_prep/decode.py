@@ -135,7 +135,7 @@ class Decoder:
         scale = self._resize.scale(width, height)
         pixels = decode_bgr(header, self._background_bgr, scale=scale)
         pixels = self._resize.scaled(pixels, width, height)
-        std = float(cv2.meanStdDev(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY))[1][0, 0])
+        std = float(cv2.meanStdDev(pixels)[1].max())
         if std < self._cfg.min_std:
             raise Unfit(Reason.BLANK, f"standard deviation {std:.2f} of 255")
         pixels = self._resize.framed(pixels, width, height, self._background_bgr)
@@ -225,7 +225,7 @@ def decode_bgr(header: Header, background_bgr: tuple[int, int, int], *, scale: f
     """Decode a picture once: upright, 8 bits per colour, transparency laid on a background.
 
     JPEGs that get much smaller are reduced while they are decoded, to no less than twice the
-    wanted size; the final averaging leaves a difference below that of compression at quality 95.
+    wanted size; the final averaging leaves a difference like that of compression at quality 95.
 
     Args:
         header: What to decode.

@@ -8,7 +8,7 @@ _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _BARE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # JPEG markers without a length
 _START_OF_SCAN = b"\xff\xda"
-_PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"acTL", b"eXIf", b"IDAT", b"IEND"})
+_PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"eXIf", b"IDAT", b"IEND"})
 _STARTS = (
     (_JPEG_START, "jpeg"),
     (_PNG_START, "png"),

@@ -87,12 +87,14 @@ def test_the_index_has_the_perceptual_hash_and_the_host(whole):
     assert index.schema.field("phash").type == pa.uint64()
     assert set(index["host"].to_pylist()) == {"127.0.0.1"}
     with Shard(record.shard.tar(cfg.dataset), index) as shard:
+        distances = []
         for number, value in enumerate(index["phash"].to_pylist()):
             assert json.loads(shard.read(number, "json"))["phash"] == f"{value:016x}"
             body = np.frombuffer(shard.read(number, "jpg"), np.uint8)
-            # Of the pixels before the last compression, so a few bits may differ.
             stored = phash(cv2.imdecode(body, cv2.IMREAD_COLOR_RGB))
-            assert (stored ^ value).bit_count() <= 6
+            distances.append((stored ^ value).bit_count())
+        # The hash is of the pixels before their compression, so a few bits may differ.
+        assert np.median(distances) <= 3
     assert max(index["phash"].to_pylist()) >= 2**63
 
 
