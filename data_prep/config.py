@@ -14,6 +14,9 @@ from trainer.place import Place, is_local, local_folder
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+PictureFormat = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"]
+ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 
 
 @config
@@ -26,6 +29,18 @@ class ColumnsConfig:
     """What it shows."""
     extra: tuple[str, ...]
     """Columns to carry into KEY.json where the source has them."""
+
+
+@config
+class CaptionsConfig:
+    """How captions are cleaned; the original is kept in KEY.json where that changes it."""
+
+    unescape_html: bool
+    """Write the characters that HTML entities (&amp;) stand for."""
+    drop_urls: bool
+    """Take web addresses out."""
+    max_chars: PositiveInt
+    """Longer captions are cut, between words if there are any."""
 
 
 @config
@@ -89,7 +104,7 @@ class PrepareConfig:
     temporary folder for a dataset at a URL."""
     image_side_px: PositiveInt
     """Pictures are resized to this side, as resize_mode says."""
-    resize_mode: Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
+    resize_mode: ResizeMode
     """As img2dataset names them; keep_ratio makes the shorter side image_side_px."""
     resize_only_if_bigger: bool
     """Leave pictures that are smaller as they are."""
@@ -103,6 +118,15 @@ class PrepareConfig:
     """Pictures with more pixels are rejected before they are decoded."""
     max_aspect_ratio: PositiveFloat
     """Pictures whose longer side is more than this many times the shorter one are rejected."""
+    formats: Annotated[tuple[PictureFormat, ...], Field(min_length=1)]
+    """Formats of downloaded pictures that are let in; each more is a decoder more to attack."""
+    background_rgb: tuple[Byte, Byte, Byte]
+    """Colour behind transparent pixels, and of the bars of resize_mode=border."""
+    min_std: NonNegativeFloat
+    """Pictures of which no colour (0 to 255) has a standard deviation like this or greater are
+    rejected as blank; 0 keeps all."""
+    captions: CaptionsConfig
+    """How captions are cleaned."""
     columns: ColumnsConfig
     """Names of the source's columns."""
     download: DownloadConfig

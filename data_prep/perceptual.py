@@ -1,5 +1,7 @@
 """Hash a picture so that near-duplicates differ in few bits: the classical 64-bit DCT hash."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,11 @@ def phash(rgb_HWC: NDArray[np.uint8]) -> int:
     Returns:
         64 bits, the frequencies row by row, the mean brightness in the highest bit.
     """
-    grey_HW = cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2GRAY)
+    return phash_of_grey(cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2GRAY))
+
+
+def phash_of_grey(grey_HW: NDArray[Any]) -> int:
+    """Hash a picture of which the grey values (uint8) are known already; see `phash`."""
     while min(grey_HW.shape) >= 4 * _SIDE_PX:  # halving is the one area average that is fast
         grey_HW = cv2.resize(grey_HW, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     small_HW = cv2.resize(grey_HW, (_SIDE_PX, _SIDE_PX), interpolation=cv2.INTER_AREA)

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from data_prep.config import PrepareConfig
+from data_prep.captions import clean_caption
+from data_prep.config import CaptionsConfig, PrepareConfig
 from data_prep.denied import DeniedContent
 from data_prep.guard import scheme_problem
 from data_prep.languages import sift_languages
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 MIN_SYSTEMIC_ROWS = 20
 """Fewer rows than this say nothing about the network or the tools."""
+_QUOTED_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,9 +176,9 @@ def _publish_unit(
 ) -> UnitRecord | Systemic:
     dataset, name = cfg.dataset, unit.name
     retract_unit(dataset, name)
-    rejected, candidates = sift(
-        read_rows(dataset, unit), moved_keys(dataset, unit), frozenset(removed_urls(dataset))
-    )
+    removed = frozenset(removed_urls(dataset))
+    rows, moved = read_rows(dataset, unit), moved_keys(dataset, unit)
+    rejected, candidates = sift(rows, cfg.captions, moved=moved, removed=removed)
     policy = read_policy(cfg.policy)
     if policy.languages:
         foreign, candidates = sift_languages(candidates, policy)
@@ -259,13 +261,18 @@ def retract_unit(dataset: Path, name: str) -> None:
 
 
 def sift(
-    rows: Iterable[Row], moved: Collection[str] = (), removed: Collection[str] = ()
+    rows: Iterable[Row],
+    captions: CaptionsConfig,
+    *,
+    moved: Collection[str] = (),
+    removed: Collection[str] = (),
 ) -> tuple[list[Rejected], list[Row]]:
-    """Part rows into those that need not be fetched, with the reason, and the others.
+    """Part rows into those that need not be fetched, with the reason, and the others, cleaned.
 
     Args:
         rows: Of one unit.
         moved: Keys of rows that a later unit tries again.
+        captions: How they are cleaned; an original that differs is in `extra`.
         removed: URLs that were taken down.
     """
     rejected: list[Rejected] = []
@@ -277,8 +284,14 @@ def sift(
             rejected.append(_rejected(row, "source", Reason.REMOVED, "taken down by kiln remove"))
         elif problem := scheme_problem(row.url):
             rejected.append(_rejected(row, "source", Reason.SCHEME_REFUSED, problem))
-        else:
+        elif not (caption := clean_caption(row.caption, captions)):
+            problem = f"nothing left of {row.caption[:_QUOTED_CHARS]!r}"
+            rejected.append(_rejected(row, "source", Reason.MISSING_CAPTION, problem))
+        elif caption == row.caption:
             candidates.append(row)
+        else:
+            extra = row.extra | {"caption_original": row.caption}
+            candidates.append(replace(row, caption=caption, extra=extra))
     return rejected, candidates
 
 
@@ -305,8 +318,7 @@ def _samples(
         if not (kept and is_judged):
             on_row(kept)
 
-    urls, captions = [row.url for row in rows], [row.caption for row in rows]
-    fetched = fetch(urls, captions, work, cfg, on_fetched)
+    fetched = fetch([row.url for row in rows], work, cfg, on_fetched)
     candidates = _candidates(rows, fetched, rejected)
     if denied is not None:
         judged = ((found, _denied(found, denied)) for found in candidates)

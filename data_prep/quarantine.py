@@ -30,10 +30,13 @@ class Reason(StrEnum):
     TOO_MANY_BYTES = "too_many_bytes"
     TRUNCATED = "truncated"
     NOT_AN_IMAGE = "not_an_image"
+    FORMAT_REFUSED = "format_refused"
+    ANIMATED = "animated"
     UNDECODABLE = "undecodable"
     TOO_SMALL = "too_small"
     TOO_LARGE = "too_large"
     ASPECT_RATIO = "aspect_ratio"
+    BLANK = "blank"
     BAD_RESPONSE = "bad_response"
     TOO_MANY_REDIRECTS = "too_many_redirects"
     REMOVED = "removed"
@@ -76,9 +79,6 @@ _KNOWN: tuple[tuple[str, Reason], ...] = (
     ("urlopen error", Reason.CONNECTION),
     ("Remote end closed connection", Reason.CONNECTION),
     ("Connection reset", Reason.CONNECTION),
-    ("image too small", Reason.TOO_SMALL),
-    ("image area too large", Reason.TOO_LARGE),
-    ("aspect ratio too large", Reason.ASPECT_RATIO),
 )
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
+from data_prep.config import CaptionsConfig
 from data_prep.perceptual import phash
 from data_prep.plan import read_rows
 from data_prep.publish import Systemic, is_done, publish_unit, read_record, sift, systemic
@@ -29,6 +30,8 @@ from tests.tiny_source import (
 )
 from trainer.data.shards import Shard, read_index
 from trainer.errors import BadInput
+
+CAPTIONS = CaptionsConfig(unescape_html=True, drop_urls=True, max_chars=4000)
 
 
 def row(url, caption="a caption"):
@@ -84,12 +87,14 @@ def test_the_index_has_the_perceptual_hash_and_the_host(whole):
     assert index.schema.field("phash").type == pa.uint64()
     assert set(index["host"].to_pylist()) == {"127.0.0.1"}
     with Shard(record.shard.tar(cfg.dataset), index) as shard:
+        distances = []
         for number, value in enumerate(index["phash"].to_pylist()):
             assert json.loads(shard.read(number, "json"))["phash"] == f"{value:016x}"
             body = np.frombuffer(shard.read(number, "jpg"), np.uint8)
-            # Of the pixels before the last compression, so a few bits may differ.
             stored = phash(cv2.imdecode(body, cv2.IMREAD_COLOR_RGB))
-            assert (stored ^ value).bit_count() <= 6
+            distances.append((stored ^ value).bit_count())
+        # The hash is of the pixels before their compression, so a few bits may differ.
+        assert np.median(distances) <= 3
     assert max(index["phash"].to_pylist()) >= 2**63
 
 
@@ -162,7 +167,7 @@ def test_a_unit_is_done_until_its_rows_rules_or_files_change(whole):
 
 
 def test_rows_that_need_no_fetch_are_sifted_with_the_reason():
-    rejected, candidates = sift([row("http://[bad/1"), row("http://a/3")])
+    rejected, candidates = sift([row("http://[bad/1"), row("http://a/3")], CAPTIONS)
     assert [r.url for r in candidates] == ["http://a/3"]
     assert [(r.stage, r.reason) for r in rejected] == [("source", "scheme_refused")]
 
@@ -224,7 +229,7 @@ def test_extra_columns_and_odd_characters_survive(served, tmp_path):
 
 def test_quarantine_lines_are_read_back_and_damage_is_named(tmp_path):
     path = tmp_path / "00000.jsonl"
-    rejected, _ = sift([row("http://[bad/"), row("file:///x")])
+    rejected, _ = sift([row("http://[bad/"), row("file:///x")], CAPTIONS)
     write_quarantine(path, rejected)
     assert list(read_quarantine(path)) == rejected
     path.write_text(path.read_text() + '{"key": 1}\n')
