@@ -25,6 +25,7 @@ from trainer.models.locations import locate
 # Of the pictures that OpenAI's CLIP was trained on; OpenCLIP's models use them too.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+_NO_HEAD = (OSError, ValueError, KeyError, RuntimeError, AttributeError, pickle.PickleError)
 
 
 class ClipScorer:
@@ -127,14 +128,7 @@ def load_head(path: Path, *, width: int) -> tuple[Tensor, Tensor]:
         for name in names:
             layer = state[name].float()
             weight, bias = layer @ weight, layer @ bias + state[name[:-6] + "bias"].float()
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        AttributeError,
-        pickle.PickleError,
-    ) as error:
+    except _NO_HEAD as error:
         reason = str(error).strip().split("\n")[0]
         raise BadInput(
             f"scorers.clip.aesthetic_head={path} is no aesthetic predictor for a CLIP of width "

@@ -38,7 +38,8 @@ class FaceBlur:
         self._net.setInput(np.ascontiguousarray(square.transpose(2, 0, 1)[None]))
         boxes = _decode(*self._net.forward(_OUTPUTS), min_confidence=self._min_confidence)
         limits = np.array([width, height, width, height], np.float32)
-        return np.clip(boxes / scale, 0, limits).astype(np.float32)
+        inside: NDArray[np.float32] = np.clip(boxes / np.float32(scale), 0, limits)
+        return inside
 
 
 def build(cfg: ScorersConfig) -> FaceBlur:
@@ -100,5 +101,5 @@ def blur(picture: Picture, boxes: NDArray[np.float32]) -> Picture:
     sigma = max(1.0, float(diagonals.max()) / 10)
     soft = cv2.GaussianBlur(mask, (0, 0), sigma)[:, :, None]
     blurred = cv2.GaussianBlur(picture, (0, 0), sigma)
-    mixed = soft * blurred + (1 - soft) * picture
-    return np.round(mixed).astype(np.uint8)
+    mixed: Picture = np.round(soft * blurred + (1 - soft) * picture).astype(np.uint8)
+    return mixed

@@ -14,6 +14,7 @@ from data_prep.scorers import Picture, Scores, weights_path
 # As rapidocr has them for PP-OCR; names as in Liao et al. 2020, Real-time Scene Text Detection.
 _PIXEL_THRESHOLD, _BOX_THRESHOLD, _UNCLIP_RATIO = 0.3, 0.5, 1.6
 _MIN_BOX_PX = 3
+_MAX_LINE_FRAC = 0.25
 _STRIDE_PX = 32
 
 
@@ -59,20 +60,24 @@ def text_share(probabilities: NDArray[np.float32]) -> float:
 
     The network marks the cores of lines. Each core's smallest rectangle, if it is probable enough,
     is grown on all sides by area * 1.6 / perimeter, which undoes how the cores were shrunk for
-    training.
+    training. Boxes higher than a quarter of the picture are left out: the network takes a single
+    thing before a plain background for one big letter.
     """
-    cores = cv2.dilate((probabilities > _PIXEL_THRESHOLD).astype(np.uint8), np.ones((2, 2)))
-    contours, _ = cv2.findContours(cores, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    cores = (probabilities > _PIXEL_THRESHOLD).astype(np.uint8)
+    contours, _ = cv2.findContours(cores, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    max_line_px = _MAX_LINE_FRAC * min(probabilities.shape)
     text = np.zeros(probabilities.shape, np.uint8)
     for contour in contours:
         centre, (width, height), angle = cv2.minAreaRect(contour)
         if min(width, height) < _MIN_BOX_PX:
             continue
+        grown = _UNCLIP_RATIO * width * height / (width + height)  # on two sides
+        if min(width, height) + grown > max_line_px:
+            continue
         core = np.zeros_like(text)
         _fill(core, (centre, (width, height), angle))
         if cv2.mean(probabilities, core)[0] < _BOX_THRESHOLD:
             continue
-        grown = _UNCLIP_RATIO * width * height / (width + height)  # on two sides
         _fill(text, (centre, (width + grown, height + grown), angle))
     return float(text.mean())
 

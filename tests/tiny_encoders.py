@@ -4,6 +4,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     PreTrainedTokenizerFast,
@@ -55,6 +57,20 @@ def save_clip(folder):
     )
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
     save_tokenizer(folder / "tokenizer", start="<s>", end="</s>")
+    return folder
+
+
+def save_clip_model(folder):
+    """Both towers and the tokenizer in one folder; pictures of 32 px, embeddings of 16."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 2}
+    text = {"vocab_size": len(WORDS) + 4, "max_position_embeddings": 12, "eos_token_id": 2}
+    text |= {"bos_token_id": 1, "pad_token_id": 0}
+    vision = {"image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    save_tokenizer(folder, start="<s>", end="</s>")
     return folder
 
 
