@@ -58,6 +58,13 @@ class DedupConfig:
     dry_run: bool
     """Only write the page and say what would happen."""
 
+    def __post_init__(self) -> None:
+        if self.against and self.outcome == "weight":
+            raise ValueError(
+                "outcome=weight with against: samples of other datasets do not change, so a weight "
+                "cannot be shared with them. Give outcome=remove, or no against."
+            )
+
 
 @config
 class StatsConfig:

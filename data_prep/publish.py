@@ -387,6 +387,8 @@ def make_sample(
     columns = {
         "width": facts["width"],
         "height": facts["height"],
+        "original_width": facts["original_width"],
+        "original_height": facts["original_height"],
         "caption_chars": len(row.caption),
         "image_sha256": hashlib.sha256(image).hexdigest(),
         "phash": np.uint64(phash),
