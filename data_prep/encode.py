@@ -101,7 +101,7 @@ def _run(cfg: EncodeConfig) -> int:
     with locked(cfg.dataset, wait=shared):
         work = survey(cfg, manifest)
         if cfg.dry_run:
-            _print_costs(cfg, work, _load(cfg))
+            _print_costs(cfg, work, load_encoders(cfg))
             return 0
         finished = work.folder / ENCODING
         if not work.todo and not work.leftovers and _is_current(finished, work):
@@ -178,7 +178,7 @@ def _do(cfg: EncodeConfig, work: Work) -> None:
     needs_null_text = cfg.part == 0 and not (work.folder / NULL_TEXT).exists()
     if not todo and not needs_null_text:
         return
-    encoders = _load(cfg)
+    encoders = load_encoders(cfg)
     if needs_null_text:
         (null_text_LD,) = encode_ids(encoders.text.tokens([""]), encoders)
         publish_bytes(work.folder / NULL_TEXT, to_npy(null_text_LD))
@@ -190,8 +190,12 @@ def _do(cfg: EncodeConfig, work: Work) -> None:
         _run_todo(cfg, work, todo, encoders, rates)
 
 
-def _load(cfg: EncodeConfig) -> Encoders:
-    """Load the models."""
+def load_encoders(cfg: EncodeConfig) -> Encoders:
+    """Load the models.
+
+    Raises:
+        BadInput: There are no such models, or they do not fit the configuration.
+    """
     device = torch.device(cfg.device)
     torch.backends.cudnn.deterministic = True  # equal pictures give equal bits
     autoencoder = load_autoencoder(cfg.encoders.autoencoder).to(device)
