@@ -23,8 +23,8 @@ from benchmarks.harness import Case, claim_at_least, claim_at_most, measure, wri
 from data_prep import encode
 from data_prep.config import EncodeConfig
 from data_prep.scenes import caption, draw_scene, paint
-from trainer.data.manifest import Manifest, describe_shard, save_manifest
-from trainer.data.shards import Sample, write_shard
+from trainer.data.manifest import Manifest, publish_shard, save_manifest
+from trainer.data.shards import Sample
 from trainer.frozen import compose
 from trainer.models.locations import locate
 
@@ -61,9 +61,9 @@ def publish(folder: Path, num_images: int) -> Path:
     entries = []
     for shard in range(-(-num_images // SHARD_IMAGES)):
         chosen = sorted(members[shard * SHARD_IMAGES : (shard + 1) * SHARD_IMAGES])
-        name, index = f"shards/{shard:05d}.tar", dataset / "index" / f"{shard:05d}.parquet"
-        count = write_shard(dataset / name, index, chosen)
-        entries.append(describe_shard(dataset, name, count))
+        entry = publish_shard(dataset, f"shards/{shard:05d}.tar", chosen)
+        assert entry is not None
+        entries.append(entry)
     manifest = Manifest(
         shards=tuple(entries), rows_in=num_images, rows_kept=num_images, rejected={}
     )
