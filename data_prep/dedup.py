@@ -72,7 +72,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Dataset:
+class Dataset:
+    """A published dataset that takes part."""
+
     folder: Path
     manifest: Manifest
 
@@ -98,8 +100,8 @@ def run(cfg: DedupConfig) -> int:
     return 0
 
 
-def _open(cfg: DedupConfig) -> list[_Dataset]:
-    datasets = [_Dataset(folder, load_manifest(folder)) for folder in (cfg.dataset, *cfg.against)]
+def _open(cfg: DedupConfig) -> list[Dataset]:
+    datasets = [Dataset(folder, load_manifest(folder)) for folder in (cfg.dataset, *cfg.against)]
     own, *others = datasets
     for other in others:
         if other.manifest.shards_fingerprint == own.manifest.shards_fingerprint:
@@ -111,7 +113,7 @@ def _open(cfg: DedupConfig) -> list[_Dataset]:
 
 
 def find_clusters(
-    connection: duckdb.DuckDBPyConnection, cfg: DedupConfig, datasets: Sequence[_Dataset]
+    connection: duckdb.DuckDBPyConnection, cfg: DedupConfig, datasets: Sequence[Dataset]
 ) -> None:
     """Fill the table `members` with all samples that have duplicates, one row each.
 
@@ -154,7 +156,7 @@ def find_clusters(
 _NOT_FLAT = f"NOT {flat_sql('phash')}"
 
 
-def _load(connection: duckdb.DuckDBPyConnection, datasets: Sequence[_Dataset]) -> None:
+def _load(connection: duckdb.DuckDBPyConnection, datasets: Sequence[Dataset]) -> None:
     total = sum(one.manifest.rows_kept for one in datasets)
     with Countdown("reading indexes", total) as progress:
         connection.register("one_shard", _SCHEMA.empty_table())
@@ -165,9 +167,7 @@ def _load(connection: duckdb.DuckDBPyConnection, datasets: Sequence[_Dataset]) -
         progress.finish()
 
 
-def _live_images(
-    datasets: Sequence[_Dataset], on_rows: Callable[[int], None]
-) -> Iterator[pa.Table]:
+def _live_images(datasets: Sequence[Dataset], on_rows: Callable[[int], None]) -> Iterator[pa.Table]:
     """Yield the live samples of each shard; ids count them."""
     first = 0
     for number, one in enumerate(datasets):
@@ -192,7 +192,7 @@ def _live_images(
             on_rows(entry.count)
 
 
-def _read(one: _Dataset, entry: ShardEntry) -> pa.Table:
+def _read(one: Dataset, entry: ShardEntry) -> pa.Table:
     path = entry.index(one.folder)
     index = read_index(path, columns=_COLUMNS)
     for name in ("image_sha256", "phash"):
@@ -218,7 +218,7 @@ def _pixels(index: pa.Table) -> NDArray[np.int64]:
 
 
 def _apply(
-    connection: duckdb.DuckDBPyConnection, cfg: DedupConfig, datasets: Sequence[_Dataset]
+    connection: duckdb.DuckDBPyConnection, cfg: DedupConfig, datasets: Sequence[Dataset]
 ) -> Manifest:
     """Write tombstones or weights, and the manifest that knows them; return it."""
     own = datasets[0]
@@ -247,7 +247,7 @@ def _apply(
     return after
 
 
-def _tombstones(connection: duckdb.DuckDBPyConnection, datasets: Sequence[_Dataset]) -> pa.Table:
+def _tombstones(connection: duckdb.DuckDBPyConnection, datasets: Sequence[Dataset]) -> pa.Table:
     names = ["", *(f" in dataset {one.manifest.fingerprint[:12]}" for one in datasets[1:])]
     connection.register("names", pa.table({"dataset": range(len(names)), "name": names}))
     return _fetch(
@@ -264,7 +264,7 @@ def _fetch(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
 
 
 def _findings(
-    connection: duckdb.DuckDBPyConnection, cfg: DedupConfig, datasets: Sequence[_Dataset]
+    connection: duckdb.DuckDBPyConnection, cfg: DedupConfig, datasets: Sequence[Dataset]
 ) -> Findings:
     def number(query: str) -> int:
         return int(connection.execute(f"SELECT {query}").fetchall()[0][0])
@@ -290,7 +290,7 @@ def _findings(
 
 
 def _largest(
-    connection: duckdb.DuckDBPyConnection, cfg: DedupConfig, datasets: Sequence[_Dataset]
+    connection: duckdb.DuckDBPyConnection, cfg: DedupConfig, datasets: Sequence[Dataset]
 ) -> Iterator[Cluster]:
     """Read the pictures of the largest clusters; the order depends on the samples alone."""
     rows = connection.execute(

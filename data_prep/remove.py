@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.config_curate import RemoveConfig
+from data_prep.dedup_page import PAGE
 from data_prep.prepare import locked, say
 from trainer.command import run_command
 from trainer.data.manifest import Manifest, ShardEntry, load_manifest
@@ -269,6 +270,8 @@ def _remove(cfg: RemoveConfig, before: Manifest, samples: Sequence[Removed]) -> 
         cfg.dataset, before
     ):
         return before
+    # It shows pictures; `kiln dedup dry_run=true` makes it anew, without what is gone.
+    (cfg.dataset / PAGE).unlink(missing_ok=True)
     with Countdown("weighing", before.rows_kept) as progress:
         after = weigh(cfg.dataset, before, on_shard=progress.advance)
         progress.finish()

@@ -5,7 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.config import VerifyConfig
-from data_prep.config_curate import RemoveConfig
+from data_prep.config_curate import DedupConfig, RemoveConfig
+from data_prep.dedup import run as dedup
 from data_prep.plan import plan_path
 from data_prep.prepare import run as prepare
 from data_prep.publish import quarantine_path
@@ -118,6 +119,16 @@ def test_the_hash_of_the_downloaded_file_and_urls_without_a_plan_are_found_in_th
     url = "https://example.com/3-95-96.jpg"
     assert run(config(dataset, f"sha256=[{2:064x}]", f"urls=['{url}']")) == 0
     assert dead(dataset) == {sample(2).key, sample(3).key}
+
+
+def test_the_page_of_duplicates_does_not_outlive_its_pictures(tmp_path):
+    dataset = dataset_of(tmp_path / "d", [sample(1), sample(1, "again")])
+    assert dedup(compose(DedupConfig, "dedup", [f"dataset={dataset}"])) == 0
+    assert (dataset / "dedup.html").exists()
+    assert run(config(dataset, f"keys=[{sample(1).key}]")) == 0
+    assert not (dataset / "dedup.html").exists()
+    # What dedup removed may come back by its URL; what was taken down may not.
+    assert removed_urls(dataset) == ["https://example.com/1-95-96.jpg"]
 
 
 def test_a_removal_that_was_cut_short_is_finished_by_the_same_command(dataset, monkeypatch):
