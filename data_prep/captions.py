@@ -8,9 +8,9 @@ from data_prep.config import CaptionsConfig
 
 # Captions of the web are often escaped more than once; a text made of nothing else must end.
 _UNESCAPE_PASSES = 3
-_URL = re.compile(r"(?i)\b(?:https?://|www\.)\S*")
-# Control characters are spaces, of formats and of surrogates nothing is left. The joiners stay:
-# Persian words and emoji fall apart without them.
+_URL = re.compile(r"(?i)\b(?:https?://|www\.)[^\s<>\"']*")
+# Control characters become spaces, other invisible ones vanish. The joiners stay: Persian words
+# and emoji fall apart without them.
 _JOINERS = "\u200c\u200d"
 _ASCII_PRINTABLE = re.compile(r"[ -~]*")
 

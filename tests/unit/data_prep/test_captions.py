@@ -27,6 +27,7 @@ def cfg(**changes):
         ("a\x00b\x1b[31mc", "a b [31mc"),
         ("see https://x.com/a?b=c for more", "see for more"),
         ("WWW.example.com shop", "shop"),
+        ("<a href='http://x.com/Some-Place'>Some Place</a>", "<a href=' '>Some Place</a>"),
         ("http://only.example/x.jpg", ""),
         ("&nbsp;\u200b", ""),
         ("\ud800lone", "lone"),
