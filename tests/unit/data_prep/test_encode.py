@@ -447,10 +447,8 @@ def test_each_picture_is_encoded_at_its_bucket(bucketed):
                 covered = cover(np.asarray(picture)[..., ::-1], width, height)
             assert original.items() <= row.items()
             assert (row["crop_top"], row["crop_left"]) == (covered.top, covered.left)
-            tensor = (
-                torch.from_numpy(covered.rgb_HWC.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-            )
-            wanted = torch.cat(autoencoder.moments(tensor))
+            tensor = torch.from_numpy(covered.rgb_HWC.copy()).permute(2, 0, 1)[None]
+            wanted = torch.cat(autoencoder.moments(tensor.float() / 127.5 - 1))
             latent = npy(found[row["key"]]["latent.npy"])
             assert latent.shape[2:] == (row["latent_rows"], row["latent_columns"])
             assert latent.shape[2:] == (height // 2, width // 2)
