@@ -80,6 +80,8 @@ def encode_dataset(dataset, encoders):
         parts=1,
         part=0,
         recheck="sizes",
+        wandb="off",
+        wandb_project="kiln",
         tdp_w_per_core=7.0,
     )
     assert encode.run(cfg) == 0
