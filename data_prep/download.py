@@ -1,4 +1,4 @@
-"""Fetch and resize the rows of one unit with img2dataset's own downloader, resizer and writer."""
+"""Fetch the rows of one unit with img2dataset's downloader, between our decoder and our spool."""
 
 import contextlib
 import io
@@ -7,27 +7,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
+import cv2
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 # albumentations, which img2dataset imports, asks the network for a newer version otherwise.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 from img2dataset.downloader import Downloader
-from img2dataset.resizer import Resizer
-from img2dataset.writer import WebDatasetSampleWriter
 
 from data_prep import guard
-from data_prep.bodies import body_problem
 from data_prep.config import PrepareConfig
-from data_prep.policy import policy_denied
-from data_prep.quarantine import Reason, marked
-from trainer.data.shards import Shard, scan_tar
+from data_prep.decode import Decoder, Picture
 
-Resized = tuple[bytes | None, int | None, int | None, int | None, int | None, str | None]
-_NAME_DIGITS = 5  # img2dataset names its files 00000.tar, 00000.parquet
+_FACTS = ("width", "height", "original_width", "original_height")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,73 +36,85 @@ class Fetched:
     image: bytes = b""
     """The encoded picture."""
     facts: dict[str, Any] | None = None
-    """width, height, original_width, original_height, source_sha256 (of the downloaded bytes)."""
+    """width, height, original_width, original_height, source_sha256 (of the downloaded bytes),
+    phash (of the stored picture)."""
 
 
-class CheckedResizer(Resizer):  # type: ignore[misc]
-    """Resizes like img2dataset, but refuses bodies that are no whole pictures."""
+class _Entry(NamedTuple):
+    """What the spool remembers of a row."""
 
-    def __init__(self, cfg: PrepareConfig) -> None:
-        super().__init__(
-            cfg.image_side_px,
-            cfg.resize_mode,
-            cfg.resize_only_if_bigger,
-            encode_quality=cfg.quality,
-            encode_format=cfg.encode_format,
-            min_image_size=cfg.min_image_side_px,
-            max_aspect_ratio=cfg.max_aspect_ratio,
-        )
-        self._max_pixels = cfg.max_image_pixels
-        self._denied = policy_denied(cfg.policy)
-
-    def __call__(self, img_stream: io.BytesIO, blurring_bbox_list: object = None) -> Resized:
-        """Judge, then decode, resize and encode."""
-        body = img_stream.getvalue()
-        if self._denied is not None and (found := self._denied.find(body)):
-            return None, None, None, None, None, marked(Reason.DENIED_CONTENT, found)
-        problem = body_problem(body, max_pixels=self._max_pixels)
-        if problem is not None:
-            return None, None, None, None, None, marked(*problem)
-        return super().__call__(img_stream, blurring_bbox_list)  # type: ignore[no-any-return]
+    status: str
+    message: str
+    offset: int
+    num_bytes: int
+    facts: dict[str, Any] | None
 
 
-class _WatchedWriter:
-    """img2dataset's WebDataset writer; counts rows, and keeps the error that the caller hides."""
+class _Spool:
+    """Takes the place of img2dataset's writer: one flat file of pictures, everything else noted.
 
-    def __init__(self, on_row: Callable[[bool], None]) -> None:
+    Rows arrive as their servers answer, and are read back in their own order.
+    """
+
+    def __init__(self, path: Path, num_rows: int, on_row: Callable[[bool], None]) -> None:
         self.error: OSError | None = None
         self._on_row = on_row
-        self._writer: Any = None
+        self._num_rows = num_rows
+        self._entries: dict[int, _Entry] = {}
+        self._file = path.open("w+b")
+        self._end = 0
 
-    def __call__(self, *args: Any) -> "_WatchedWriter":  # noqa: ANN401 - img2dataset's arguments
-        with self._remembered():
-            self._writer = WebDatasetSampleWriter(*args)
-        return self
+    def __call__(self, *_: Any) -> "_Spool":  # noqa: ANN401 - img2dataset's arguments
+        return self  # img2dataset makes its writer itself
 
-    def write(self, image: bytes | None, key: str, caption: str, meta: dict[str, Any]) -> None:
-        with self._remembered():
-            self._writer.write(image, key, caption, meta)
-        self._on_row(image is not None)
+    def write(self, picture: Picture | None, key: str, _: object, meta: dict[str, Any]) -> None:
+        """Take a row from img2dataset."""
+        facts: dict[str, Any] | None = None
+        offset, size = self._end, 0
+        if picture is not None:
+            size = len(picture.encoded)
+            self._write(picture.encoded)
+            facts = {name: meta[name] for name in _FACTS}
+            facts |= {"source_sha256": meta["sha256"], "phash": picture.phash}
+        message = "" if facts else meta["error_message"] or "no message"
+        self._entries[int(key)] = _Entry(meta["status"], message, offset, size, facts)
+        self._on_row(facts is not None)
+
+    def _write(self, content: bytes) -> None:
+        try:
+            self._file.write(content)
+        except OSError as error:  # img2dataset would print it and go on
+            self.error = self.error or error
+            raise
+        self._end += len(content)
 
     def close(self) -> None:
-        with self._remembered():
-            self._writer.close()
-
-    @contextlib.contextmanager
-    def _remembered(self) -> Iterator[None]:
+        """Be told by img2dataset that no row follows; the file stays open for reading."""
         try:
-            yield
+            self._file.flush()
         except OSError as error:
             self.error = self.error or error
             raise
 
+    def read_back(self) -> Iterator[Fetched]:
+        """Give what became of each row, in order; closes the file."""
+        with self._file:
+            for number in range(self._num_rows):
+                entry = self._entries.get(number)
+                if entry is None:  # an error inside img2dataset, which prints it and goes on
+                    yield Fetched(status="failed_to_resize", message="lost by img2dataset")
+                    continue
+                self._file.seek(entry.offset)
+                yield Fetched(
+                    status=entry.status,
+                    message=entry.message,
+                    image=self._file.read(entry.num_bytes),
+                    facts=entry.facts,
+                )
+
 
 def fetch(
-    urls: Sequence[str],
-    captions: Sequence[str],
-    folder: Path,
-    cfg: PrepareConfig,
-    on_row: Callable[[bool], None],
+    urls: Sequence[str], folder: Path, cfg: PrepareConfig, on_row: Callable[[bool], None]
 ) -> Iterator[Fetched]:
     """Download and resize rows; give what became of each, in the order of `urls`.
 
@@ -115,77 +122,80 @@ def fetch(
 
     Args:
         urls: Where the pictures are; http and https only.
-        captions: As many.
-        folder: An empty folder for the intermediate tar.
+        folder: An empty folder for intermediate files.
         cfg: The rules.
         on_row: Told, as rows are done, whether a picture came.
 
     Raises:
         OSError: The intermediate files could not be written, e.g. because the disk is full.
     """
-    guard.install(cfg.download)
+    guard.install(cfg.download, num_processes=cfg.num_processes * cfg.parts)
     todo = folder / "rows.arrow"
-    table = pa.table({"url": list(urls), "caption": list(captions)})
+    table = pa.table({"url": list(urls)})
     with pa.OSFile(str(todo), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
 
-    watched = _WatchedWriter(on_row)
+    spool = _Spool(folder / "pictures", len(urls), on_row)
     downloader = Downloader(
-        watched,
-        CheckedResizer(cfg),
+        spool,
+        Decoder(cfg),
         cfg.threads,
         save_caption=False,
         extract_exif=False,
         output_folder=str(folder),
-        column_list=["url", "caption"],
+        column_list=["url"],
         timeout=cfg.download.timeout_s,
         number_sample_per_shard=max(10, len(urls)),
-        oom_shard_count=_NAME_DIGITS,
+        oom_shard_count=1,
         compute_hash="sha256",
         verify_hash_type=None,
         encode_format=cfg.encode_format,
-        retries=cfg.download.retries,
-        user_agent_token=cfg.download.user_agent.partition("/")[0],
-        disallowed_header_directives=list(cfg.download.robots_directives) or None,
+        retries=0,  # the guard tries again, says who asks, and heeds the wishes of owners
+        user_agent_token=None,
+        disallowed_header_directives=None,
     )
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with _Muted() as said:
         succeeded, _ = downloader((0, str(todo)))
-    if watched.error is not None:
-        raise watched.error
+    if spool.error is not None:
+        raise spool.error
     if not succeeded:
         raise RuntimeError(f"img2dataset gave up: {said.getvalue().strip()}")
-    return _read_back(folder, len(urls), cfg.encode_format)
+    return spool.read_back()
 
 
-def _read_back(folder: Path, num_rows: int, extension: str) -> Iterator[Fetched]:
-    stem = "0" * _NAME_DIGITS
-    results = {
-        int(row["key"]): row for row in pq.read_table(folder / f"{stem}.parquet").to_pylist()
-    }
-    with Shard(folder / f"{stem}.tar", scan_tar(folder / f"{stem}.tar")) as shard:
-        place = {int(key): row for row, key in enumerate(shard.keys)}
-        for number in range(num_rows):
-            row = results.get(number)
-            if row is None:  # an error inside img2dataset, which prints it and goes on
-                yield Fetched(status="failed_to_resize", message="lost by img2dataset")
-            elif row["status"] != "success":
-                yield Fetched(status=row["status"], message=row["error_message"] or "no message")
-            else:
-                names = ("width", "height", "original_width", "original_height")
-                facts = {name: row[name] for name in names} | {"source_sha256": row["sha256"]}
-                image = shard.read(place[number], extension)
-                yield Fetched(status="success", message="", image=image, facts=facts)
+class _Muted:
+    """Catches what img2dataset prints, and discards what the C libraries of the decoders print."""
+
+    def __enter__(self) -> io.StringIO:
+        said = io.StringIO()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(said))
+            stack.enter_context(contextlib.redirect_stderr(said))
+            kept = os.dup(2)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 2)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, nowhere)
+            os.dup2(nowhere, 2)
+            self._stack = stack.pop_all()
+        return said
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
 
 
 def versions() -> dict[str, str]:
     """Name the versions of the tools that shape a stored picture."""
     from importlib.metadata import version  # noqa: PLC0415
 
-    import cv2  # noqa: PLC0415 - loaded by img2dataset anyway
-
     return {
         "img2dataset": version("img2dataset"),
         "opencv": str(cv2.__version__),
+        "pillow": version("pillow"),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
     }

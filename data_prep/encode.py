@@ -1,10 +1,18 @@
 """Turn pictures and captions into latents and text states; the same command again resumes."""
 
 import math
+import os
+import shutil
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +21,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.buckets import make_boxes, print_buckets
 from data_prep.config import EncodeConfig
+from data_prep.encode_batches import Busy, Encoded, Encoders, encode_ids, encode_samples, to_npy
+from data_prep.encode_loader import load_samples, run_ahead
 from data_prep.encode_shard import (
-    Encoders,
     SidecarRecord,
-    encode_shard,
     finished_record,
     record_path,
-    to_npy,
+    write_sidecar,
 )
+from data_prep.observed import RateLog, observed
 from data_prep.prepare import locked, say
+from data_prep.probe import print_costs, probe
+from data_prep.publish import status_path
 from trainer.command import run_command
 from trainer.data.manifest import (
     ENCODING,
@@ -35,15 +47,16 @@ from trainer.data.manifest import (
     load_manifest,
     save_encoding,
 )
-from trainer.data.publish import publish_bytes
+from trainer.data.publish import publish_bytes, publish_json
 from trainer.errors import BadInput
 from trainer.models.autoencoders import load_autoencoder
 from trainer.models.fingerprint import Identity, identify
 from trainer.models.text_encoders import load_text_encoder
 from trainer.observe.countdown import Countdown
-from trainer.observe.ledger import accounted
+from trainer.place import NUM_REQUESTS, is_local, read_bytes, remove, storage
 
 NULL_TEXT = "null_text.npy"
+WRITE_BEHIND_IMAGES = 512  # encoded samples that may wait for the disk
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,9 +91,18 @@ def run(cfg: EncodeConfig) -> int:
     """Publish what is missing of the encoding; print what is there."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("device=cuda, but torch finds no GPU here. Try device=cpu.")
+    with storage(cfg.dataset):
+        return _run(cfg)
+
+
+def _run(cfg: EncodeConfig) -> int:
     manifest = load_manifest(cfg.dataset)
-    with locked(cfg.dataset):
+    shared = cfg.parts > 1
+    with locked(cfg.dataset, wait=shared):
         work = survey(cfg, manifest)
+        if cfg.dry_run:
+            _print_costs(cfg, work, load_encoders(cfg))
+            return 0
         finished = work.folder / ENCODING
         if not work.todo and not work.leftovers and _is_current(finished, work):
             say(f"{work.folder}: nothing to do, all {len(manifest.shards)} shards are encoded.")
@@ -88,18 +110,16 @@ def run(cfg: EncodeConfig) -> int:
         check_files(cfg.dataset, manifest.shards)
         if work.records:
             say(f"{len(work.records)} of {len(manifest.shards)} shards are encoded already.")
-        finished.unlink(missing_ok=True)  # without it the encoding is unfinished
+        remove(finished)  # without it the encoding is unfinished
         for number in work.leftovers:
             _retract(work.folder, number)
-        with accounted(cfg.dataset, stage="encode", tdp_w_per_core=cfg.tdp_w_per_core):
-            images_per_s = _run_todo(cfg, work)
-        encoding = make_encoding(work)
-        save_encoding(cfg.dataset, encoding)
-    _print_encoding(encoding)
-    num_images = sum(shard.count for shard in encoding.shards)
-    rate = f", {images_per_s:.0f} images/s" if images_per_s else ""
-    say(f"{work.folder}: {num_images} images in {len(encoding.shards)} shards{rate}.")
-    return 0
+        if not shared:
+            _do(cfg, work)
+            return _finish(cfg, work)
+    with locked(cfg.dataset, f".lock-encode-part-{cfg.part:04d}"):
+        _do(cfg, work)
+    with locked(cfg.dataset, wait=True):
+        return _finish(cfg, survey(cfg, manifest))
 
 
 def survey(cfg: EncodeConfig, manifest: Manifest) -> Work:
@@ -107,21 +127,24 @@ def survey(cfg: EncodeConfig, manifest: Manifest) -> Work:
     identity = identify(cfg.encoders)
     folder = encoding_folder(cfg.dataset, identity.fingerprint)
     hashes = cfg.recheck == "hashes"
-    found = {
-        shard.number: finished_record(folder, shard, hashes=hashes) for shard in manifest.shards
-    }
-    records = {number: record for number, record in found.items() if record is not None}
+    with ThreadPoolExecutor(1 if is_local(folder) else NUM_REQUESTS) as threads:
+        found = threads.map(
+            lambda shard: finished_record(folder, shard, hashes=hashes), manifest.shards
+        )
+        pairs = zip(manifest.shards, found, strict=True)
+        records = {shard.number: record for shard, record in pairs if record is not None}
     return Work(folder, manifest, identity, records)
 
 
 def make_encoding(work: Work) -> Encoding:
     """Put the records of all shards together."""
     records = [work.records[shard.number] for shard in work.manifest.shards]
-    null_text = np.load(work.folder / NULL_TEXT, allow_pickle=False)
+    counts: Counter[str] = sum((Counter(record.buckets) for record in records), Counter())
+    null_text = np.load(BytesIO(read_bytes(work.folder / NULL_TEXT)), allow_pickle=False)
     mean_C, std_C = latent_statistics(records)
     return Encoding(
         fingerprint=work.identity.fingerprint,
-        dataset_fingerprint=work.manifest.fingerprint,
+        dataset_fingerprint=work.manifest.shards_fingerprint,
         shards=tuple(record.shard for record in records),
         facts={
             **work.identity.facts,
@@ -129,6 +152,7 @@ def make_encoding(work: Work) -> Encoding:
             "text_width": int(null_text.shape[1]),
             "latent_mean": mean_C,
             "latent_std": std_C,
+            "pictures_by_bucket": dict(sorted(counts.items())),
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         },
     )
@@ -147,35 +171,147 @@ def latent_statistics(records: Sequence[SidecarRecord]) -> tuple[list[float], li
     return means, stds
 
 
-def _run_todo(cfg: EncodeConfig, work: Work) -> float:
-    """Encode the missing shards; add their records to `work.records`; return images/s."""
+def _do(cfg: EncodeConfig, work: Work) -> None:
+    """Encode the missing shards of this part, and the empty caption."""
+    todo = [shard for shard in work.todo if int(shard.number) % cfg.parts == cfg.part]
+    # One part alone writes it, for they would be in each other's way.
+    needs_null_text = cfg.part == 0 and not (work.folder / NULL_TEXT).exists()
+    if not todo and not needs_null_text:
+        return
+    encoders = load_encoders(cfg)
+    if needs_null_text:
+        (null_text_LD,) = encode_ids(encoders.text.tokens([""]), encoders)
+        publish_bytes(work.folder / NULL_TEXT, to_npy(null_text_LD))
+    if not todo:
+        return
+    if cfg.probe_s:
+        _print_costs(cfg, work, encoders)
+    with observed(cfg, stage="encode") as rates:
+        _run_todo(cfg, work, todo, encoders, rates)
+
+
+def load_encoders(cfg: EncodeConfig) -> Encoders:
+    """Load the models.
+
+    Raises:
+        BadInput: There are no such models, or they do not fit the configuration.
+    """
     device = torch.device(cfg.device)
-    encoders = Encoders(
-        autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(device),
+    torch.backends.cudnn.deterministic = True  # equal pictures give equal bits
+    autoencoder = load_autoencoder(cfg.encoders.autoencoder).to(device)
+    buckets = cfg.encoders.buckets
+    if buckets is not None and buckets.step_px % autoencoder.downscale:
+        need = autoencoder.downscale
+        raise BadInput(
+            f"encoders.buckets.step_px={buckets.step_px} is no multiple of {need}, the pixels per "
+            f"row of a latent. Try {math.ceil(buckets.step_px / need) * need}."
+        )
+    return Encoders(
+        autoencoder=autoencoder,
         text=load_text_encoder(cfg.encoders.text).to(device),
-        image_side_px=cfg.encoders.image_side_px,
+        boxes=make_boxes(cfg.encoders),
         batch_images=cfg.batch_images,
+        batch_tokens=cfg.batch_tokens,
         device=device,
         threads=cfg.threads,
     )
-    (null_text_LD,) = encoders.text.encode([""])
-    publish_bytes(work.folder / NULL_TEXT, to_npy(null_text_LD.numpy().astype(np.float16)))
-    num_images = sum(shard.count for shard in work.todo)
-    started_s, done = time.monotonic(), 0
-    with Countdown("encoding", num_images) as progress:
 
-        def on_images(more: int) -> None:
-            nonlocal done
-            done += more
-            progress.update(done)
 
+def _print_costs(cfg: EncodeConfig, work: Work, encoders: Encoders) -> None:
+    found = probe(
+        cfg.dataset,
+        work.manifest.shards[0],
+        encoders,
+        side_px=cfg.encoders.image_side_px,
+        probe_s=cfg.probe_s,
+    )
+    free_bytes = shutil.disk_usage(cfg.dataset).free if is_local(cfg.dataset) else None
+    print_costs(found, work.manifest, work.todo, device=cfg.device, free_bytes=free_bytes)
+
+
+def _run_todo(
+    cfg: EncodeConfig,
+    work: Work,
+    todo: Sequence[ShardEntry],
+    encoders: Encoders,
+    rates: RateLog,
+) -> None:
+    """Read ahead of the encoders and write behind them; add the records to `work.records`."""
+    num_images = sum(shard.count for shard in todo)
+    side_px = cfg.encoders.image_side_px
+    blank_BCHW = torch.zeros(1, 3, side_px, side_px, device=encoders.device)
+    channels, rows, columns = encoders.autoencoder.moments(blank_BCHW)[0].shape[1:]
+    busy, started_s = Busy(), time.monotonic()
+    with (
+        Countdown("encoding", num_images, unit="images") as progress,
+        closing(
+            load_samples(cfg.dataset, todo, encoders.boxes, threads=cfg.decode_threads)
+        ) as chunks,
+        closing(run_ahead(encode_samples(chunks, encoders, busy), WRITE_BEHIND_IMAGES)) as samples,
+    ):
         progress.update(0)
-        for shard in work.todo:
-            work.records[shard.number] = encode_shard(
-                cfg.dataset, shard, work.folder, encoders, on_images=on_images
+        counted = _counted(samples, progress, rates)
+        for shard in todo:
+            work.records[shard.number] = write_sidecar(
+                work.folder,
+                shard,
+                islice(counted, shard.count),
+                latent_shape=(channels, rows, columns),
             )
         progress.finish()
-    return num_images / (time.monotonic() - started_s)
+    elapsed_s = time.monotonic() - started_s
+    busy_frac = busy.frac(threads=encoders.threads, wall_s=elapsed_s)
+    rates.finish({"encoder_busy_frac": busy_frac})
+    say(
+        f"encoded {num_images} images in {elapsed_s:.1f} s, {num_images / elapsed_s:.1f} images/s; "
+        f"encoder_busy_frac {busy_frac:.3f} ({_by_kind(busy)})"
+    )
+    publish_json(
+        status_path(cfg.dataset, f"encode-{work.identity.fingerprint}-{cfg.part:04d}"),
+        {
+            "state": "done",
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "images": num_images,
+            "elapsed_s": round(elapsed_s, 3),
+            "images_per_s": round(num_images / elapsed_s, 3),
+            "encoder_busy_frac": round(busy_frac, 4),
+            "encoder_busy_s": {kind: round(s, 3) for kind, s in sorted(busy.seconds.items())},
+        },
+    )
+
+
+def _counted(samples: Iterable[Encoded], progress: Countdown, rates: RateLog) -> Iterator[Encoded]:
+    for done, sample in enumerate(samples, start=1):
+        progress.update(done)
+        rates.update(done, done)
+        yield sample
+
+
+def _by_kind(busy: Busy) -> str:
+    return ", ".join(
+        f"{busy.items[kind]} {kind} in {seconds:.1f} s of the encoders"
+        for kind, seconds in sorted(busy.seconds.items(), reverse=True)
+    )
+
+
+def _finish(cfg: EncodeConfig, work: Work) -> int:
+    """Write encoding.json if all shards are there, and say what there is."""
+    if work.todo or not (work.folder / NULL_TEXT).exists():
+        num_shards = len(work.manifest.shards)
+        say(
+            f"{work.folder}: part {cfg.part} of {cfg.parts} is done; {len(work.records)} of "
+            f"{num_shards} shards are encoded."
+        )
+        return 0
+    encoding = make_encoding(work)
+    save_encoding(cfg.dataset, encoding)
+    _print_encoding(encoding)
+    if cfg.encoders.buckets is not None:
+        print_buckets(encoding.facts["pictures_by_bucket"])
+    num_images = sum(shard.count for shard in encoding.shards)
+    say(f"{work.folder}: {num_images} images in {len(encoding.shards)} shards.")
+    return 0
 
 
 def _is_current(path: Path, work: Work) -> bool:
@@ -186,16 +322,16 @@ def _is_current(path: Path, work: Work) -> bool:
     except BadInput:
         return False
     records = [work.records[shard.number] for shard in work.manifest.shards]
-    return there.dataset_fingerprint == work.manifest.fingerprint and there.shards == tuple(
+    return there.dataset_fingerprint == work.manifest.shards_fingerprint and there.shards == tuple(
         record.shard for record in records
     )
 
 
 def _retract(folder: Path, number: str) -> None:
     """Remove a sidecar, its record first."""
-    record_path(folder, number).unlink(missing_ok=True)
-    (folder / f"{number}.tar").unlink(missing_ok=True)
-    (folder / "index" / f"{number}.parquet").unlink(missing_ok=True)
+    remove(record_path(folder, number))
+    remove(folder / f"{number}.tar")
+    remove(folder / "index" / f"{number}.parquet")
 
 
 def _print_encoding(encoding: Encoding) -> None:

@@ -1,44 +1,21 @@
-"""Encode the pictures and captions of one shard into its sidecar tar."""
+"""Publish what the encoders made of one shard as a sidecar tar, and judge whether it is there."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
-from io import BytesIO
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from trainer.data.manifest import ShardEntry, describe_shard
+from data_prep.encode_batches import Encoded, to_npy
+from trainer.data.manifest import ShardEntry, publish_shard
 from trainer.data.publish import file_sha256, publish_json
-from trainer.data.shards import Sample, Shard, read_index, write_shard
-from trainer.data.sources import decode_square
-from trainer.errors import BadInput
-from trainer.models.autoencoders import Autoencoder
-from trainer.models.parallel import one_core_workers
-from trainer.models.text_encoders import TextEncoder
+from trainer.data.shards import Sample
+from trainer.place import read_bytes, sizes_bytes
 
-# Shape suffixes: B pictures, C latent channels, H W rows and columns, L text tokens, D text width.
-
-WINDOW_IMAGES = 1024  # captions are deduplicated and sorted within so many, to bound the memory
-MAX_FLOAT16 = 65504.0
-_PICTURES = ("jpg", "png", "webp")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoders:
-    """The models, ready to run."""
-
-    autoencoder: Autoencoder
-    text: TextEncoder
-    image_side_px: int
-    batch_images: int
-    device: torch.device
-    threads: int
-    """Batches at the same time, one core each."""
+# Shape suffixes: C latent channels, H W rows and columns.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +41,9 @@ class SidecarRecord:
     sums: Sums
     """Of its latents."""
     latent_shape: tuple[int, int, int]
-    """Channels, rows, columns."""
+    """Channels, rows, columns; of a square picture where there are buckets."""
+    buckets: dict[str, int] = field(default_factory=dict)
+    """'WIDTHxHEIGHT' -> pictures encoded at this size; empty in records of before buckets."""
 
 
 def record_path(folder: Path, number: str) -> Path:
@@ -81,71 +60,73 @@ def finished_record(folder: Path, source: ShardEntry, *, hashes: bool) -> Sideca
         hashes: Judge the files by their content rather than by their size.
     """
     try:
-        content = record_path(folder, source.number).read_bytes()
+        content = read_bytes(record_path(folder, source.number))
         record = TypeAdapter(SidecarRecord).validate_json(content)
     except (FileNotFoundError, ValidationError):
         return None
     if record.source_sha256 != source.sha256:
         return None
     tar, index = record.shard.tar(folder), record.shard.index(folder)
-    for path, num_bytes, sha256 in (
-        (tar, record.shard.bytes, record.shard.sha256),
-        (index, record.shard.index_bytes, record.shard.index_sha256),
+    if sizes_bytes([tar, index]) != [record.shard.bytes, record.shard.index_bytes]:
+        return None
+    if hashes and (file_sha256(tar), file_sha256(index)) != (
+        record.shard.sha256,
+        record.shard.index_sha256,
     ):
-        if not path.exists() or path.stat().st_size != num_bytes:
-            return None
-        if hashes and file_sha256(path) != sha256:
-            return None
+        return None
     return record
 
 
-def encode_shard(
-    dataset: Path,
-    source: ShardEntry,
+def write_sidecar(
     folder: Path,
-    encoders: Encoders,
+    source: ShardEntry,
+    samples: Iterable[Encoded],
     *,
-    on_images: Callable[[int], None],
+    latent_shape: tuple[int, int, int],
 ) -> SidecarRecord:
-    """Encode one shard of a dataset and publish its sidecar, its index and then its record.
+    """Publish the sidecar of one shard, its index and then its record.
 
     Args:
-        dataset: The dataset's folder.
-        source: The shard.
         folder: The encoding's folder.
-        encoders: The models.
-        on_images: Told how many more pictures are done.
+        source: The dataset's shard.
+        samples: All of the shard's, in its order.
+        latent_shape: Of a square picture.
     """
-    tally = _Tally()
-    name = f"{source.number}.tar"
-    index = folder / "index" / f"{source.number}.parquet"
-    with Shard(source.tar(dataset), read_index(source.index(dataset))) as shard:
-        count = write_shard(folder / name, index, _samples(shard, encoders, tally, on_images))
+    tally = _Tally(latent_shape[0])
+    entry = publish_shard(folder, f"{source.number}.tar", tally.count(samples))
+    assert entry is not None, "a dataset has no empty shards"
     record = SidecarRecord(
         source_sha256=source.sha256,
-        shard=describe_shard(folder, name, count),
+        shard=entry,
         sums=tally.sums(),
-        latent_shape=tally.latent_shape,
+        latent_shape=latent_shape,
+        buckets=dict(sorted(tally.buckets.items())),
     )
     publish_json(record_path(folder, source.number), asdict(record))
     return record
 
 
 class _Tally:
-    """Adds up latents."""
+    """Adds up latents sample by sample, so that batches leave no trace in the sums."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_channels: int) -> None:
         self._num_values = 0
-        self._first_C: NDArray[np.float64] = np.zeros(1)
-        self._second_C: NDArray[np.float64] = np.zeros(1)
-        self.latent_shape: tuple[int, int, int] = (0, 0, 0)
+        self._first_C: NDArray[np.float64] = np.zeros(num_channels)
+        self._second_C: NDArray[np.float64] = np.zeros(num_channels)
+        self.buckets = Counter[str]()
 
-    def add(self, moments_B2CHW: NDArray[np.float16]) -> None:
-        mean, logvar = moments_B2CHW.astype(np.float64).swapaxes(0, 1)
-        self._num_values += mean.size // mean.shape[1]
-        self._first_C = self._first_C + mean.sum((0, 2, 3))
-        self._second_C = self._second_C + (mean**2 + np.exp(logvar)).sum((0, 2, 3))
-        self.latent_shape = mean.shape[1:]
+    def count(self, samples: Iterable[Encoded]) -> Iterator[Sample]:
+        """Yield what a tar stores of each."""
+        for encoded in samples:
+            mean_CHW, logvar_CHW = encoded.moments_2CHW.astype(np.float64)
+            self._num_values += mean_CHW[0].size
+            self._first_C += mean_CHW.sum((1, 2))
+            self._second_C += (mean_CHW**2 + np.exp(logvar_CHW)).sum((1, 2))
+            self.buckets[encoded.columns["bucket"]] += 1
+            rows, columns = mean_CHW.shape[1:]
+            shape = {"latent_rows": rows, "latent_columns": columns}
+            members = {"latent.npy": to_npy(encoded.moments_2CHW), "text.npy": encoded.text}
+            yield Sample(encoded.key, members, encoded.columns | shape)
 
     def sums(self) -> Sums:
         return Sums(
@@ -153,71 +134,3 @@ class _Tally:
             first_C=tuple(self._first_C.tolist()),
             second_C=tuple(self._second_C.tolist()),
         )
-
-
-def _samples(
-    shard: Shard, encoders: Encoders, tally: _Tally, on_images: Callable[[int], None]
-) -> Iterator[Sample]:
-    size = encoders.batch_images
-
-    def moments_of(rows: Sequence[int]) -> NDArray[np.float16]:
-        pictures_BCHW = _pictures(shard, rows, encoders.image_side_px)
-        return _moments(pictures_BCHW, [shard.keys[row] for row in rows], encoders)
-
-    with one_core_workers(encoders.threads) as workers:
-        for first in range(0, len(shard.keys), WINDOW_IMAGES):
-            window = range(first, min(first + WINDOW_IMAGES, len(shard.keys)))
-            batches = [window[at : at + size] for at in range(0, len(window), size)]
-            texts = _texts(shard, window, encoders.text, workers)
-            for rows, moments_B2CHW in zip(batches, workers.map(moments_of, batches), strict=True):
-                tally.add(moments_B2CHW)
-                for row, moments in zip(rows, moments_B2CHW, strict=True):
-                    members = {"latent.npy": to_npy(moments), "text.npy": texts[row]}
-                    yield Sample(shard.keys[row], members)
-                on_images(len(rows))
-
-
-def _texts(
-    shard: Shard, rows: Sequence[int], text: TextEncoder, workers: Executor
-) -> dict[int, bytes]:
-    """Return row -> `text.npy`."""
-    captions = {row: shard.read(row, "txt").decode() for row in rows}
-    states = {
-        caption: to_npy(state_LD.numpy().astype(np.float16))
-        for caption, state_LD in text.encode_each(list(captions.values()), workers)
-    }
-    return {row: states[caption] for row, caption in captions.items()}
-
-
-def _pictures(shard: Shard, rows: Sequence[int], side_px: int) -> torch.Tensor:
-    """Return float32 RGB in [-1, 1]."""
-    squares = []
-    for row in rows:
-        extension = next(ext for ext in shard.extensions(row) if ext in _PICTURES)
-        name = f"{shard.path}: {shard.keys[row]}.{extension}"
-        squares.append(decode_square(shard.read(row, extension), side_px, name=name))
-    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def _moments(
-    pictures_BCHW: torch.Tensor, keys: Sequence[str], encoders: Encoders
-) -> NDArray[np.float16]:
-    moments = encoders.autoencoder.moments(pictures_BCHW.to(encoders.device))
-    stacked_B2CHW = torch.stack(moments, dim=1)
-    good_B = stacked_B2CHW.isfinite().flatten(1).all(1)
-    if not good_B.all():
-        key = keys[int(good_B.long().argmin())]
-        raise BadInput(
-            f"the autoencoder gives latents that are not finite for {key}. Check its weights "
-            "(encoders.autoencoder.path) and encoders.image_side_px."
-        )
-    fitting = stacked_B2CHW.clamp(-MAX_FLOAT16, MAX_FLOAT16).half().cpu()
-    array: NDArray[np.float16] = fitting.numpy()
-    return array
-
-
-def to_npy(array: NDArray[Any]) -> bytes:
-    """Return the bytes of a .npy file."""
-    file = BytesIO()
-    np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0))
-    return file.getvalue()

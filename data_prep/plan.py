@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_prep.config import PrepareConfig
 from data_prep.policy import (
     Policy,
+    Rule,
     broken_rule_sql,
     check_safety,
     identifier,
@@ -42,10 +43,13 @@ from data_prep.rows import (
     unreadable,
 )
 from trainer.data.publish import file_sha256, publish_json, published
+from trainer.data.tombstones import removed_urls
 from trainer.errors import BadInput
 from trainer.frozen import thaw
+from trainer.observe.ledger import accounted
+from trainer.place import open_sparsely, read_bytes, remove
 
-BATCH_ROWS = 100_000
+BATCH_ROWS = 10_000
 _SOURCES = "sources.json"
 _REJECTED = pa.schema([("key", pa.uint64()), ("url", pa.string()), ("reason", pa.string())])
 
@@ -123,7 +127,7 @@ def read_generations(dataset: Path, *, first: int = 0) -> list[Generation]:
     for number in range(first, 1000):
         path = dataset / "plan" / f"{number:03d}.json"
         try:
-            found.append(TypeAdapter(Generation).validate_json(path.read_bytes()))
+            found.append(TypeAdapter(Generation).validate_json(read_bytes(path)))
         except FileNotFoundError:
             break
         except ValidationError as error:
@@ -145,7 +149,7 @@ def list_units(generations: Sequence[Generation]) -> list[Unit]:
 
 def read_rows(dataset: Path, unit: Unit) -> list[Row]:
     """Read the rows of one unit, in order of their keys."""
-    with plan_path(dataset, unit.generation).open("rb") as file:
+    with open_sparsely(plan_path(dataset, unit.generation)) as file:
         table = pq.ParquetFile(file).read_row_group(unit.group)
     extras = [name for name in table.column_names if name.startswith("extra.")]
     keys, urls, captions = (table[name].to_pylist() for name in ("key", "url", "caption"))
@@ -164,10 +168,10 @@ def moved_keys(dataset: Path, unit: Unit) -> set[str]:
     if not later:
         return set()
     moved: set[str] = set()
-    with plan_path(dataset, unit.generation).open("rb") as file:
+    with open_sparsely(plan_path(dataset, unit.generation)) as file:
         own = pq.ParquetFile(file).read_row_group(unit.group, columns=["key"])["key"]
     for plan in later:
-        with plan_path(dataset, plan.number).open("rb") as file:
+        with open_sparsely(plan_path(dataset, plan.number)) as file:
             keys = pq.ParquetFile(file).read(columns=["key"])["key"]
         both = own.filter(pc.is_in(own, value_set=keys.combine_chunks()))
         moved.update(f"{key:016x}" for key in both.to_pylist())
@@ -218,13 +222,17 @@ def make_plan(cfg: PrepareConfig, policy: Policy, scratch: Path) -> list[Generat
                 "them, or the former rules, or another dataset=."
             )
         for plan in reversed(generations):
-            plan_path(cfg.dataset, plan.number).with_suffix(".json").unlink()
+            remove(plan_path(cfg.dataset, plan.number).with_suffix(".json"))
         generations, known = [], []
     if generations and set(files) <= set(known):
         return generations
-    with closing(
-        connect(scratch / "duckdb", memory_gb=cfg.plan_memory_gb, threads=cfg.num_processes)
-    ) as connection:
+    part = cfg.part if cfg.parts > 1 else None
+    with (
+        accounted(cfg.dataset, stage="plan", part=part, tdp_w_per_core=cfg.tdp_w_per_core),
+        closing(
+            connect(scratch / "duckdb", memory_gb=cfg.plan_memory_gb, threads=cfg.num_processes)
+        ) as connection,
+    ):
         added = _add_generation(connection, cfg, policy, files, generations)
     if added.rows_in:
         generations = [*generations, added]
@@ -239,7 +247,7 @@ def make_plan(cfg: PrepareConfig, policy: Policy, scratch: Path) -> list[Generat
 
 def _read_sources(dataset: Path) -> list[SourceFile]:
     try:
-        content = (dataset / "plan" / _SOURCES).read_bytes()
+        content = read_bytes(dataset / "plan" / _SOURCES)
     except FileNotFoundError:
         return []
     return TypeAdapter(list[SourceFile]).validate_json(content)
@@ -255,7 +263,7 @@ def _add_generation(
     found = open_source(connection, files, cfg.columns)
     check_safety(policy, [file.name for file in files], found)
     load_lists(connection, policy)
-    rules = make_rules(policy, found)
+    rules = [*make_rules(policy, found), *_removed_rule(connection, cfg.dataset)]
     for name in unheeded_rules(rules):
         log.warning("policy: %s rejects nothing: the source has no such column", name)
     query = rows_sql(cfg.columns, found, broken_rule_sql(rules))
@@ -266,6 +274,15 @@ def _add_generation(
     return write_generation(
         cfg, rules_sha256=plan_rules(cfg, policy), before=before, batches=batches
     )
+
+
+def _removed_rule(connection: duckdb.DuckDBPyConnection, dataset: Path) -> list[Rule]:
+    """What was taken out of the dataset does not come back with other rows."""
+    urls = removed_urls(dataset)
+    if not urls:
+        return []
+    connection.register("removed", pa.table({"url": urls}))
+    return [Rule(Reason.REMOVED, "kiln_url IN (SELECT url FROM removed)")]
 
 
 def write_generation(
@@ -287,10 +304,11 @@ def write_generation(
     """
     plan = plan_path(cfg.dataset, len(before))
     quarantine = plan_quarantine_path(cfg.dataset, len(before))
-    plan.with_suffix(".json").unlink(missing_ok=True)
+    remove(plan.with_suffix(".json"))
     tally = Counter[str]()
     with published(plan) as kept_file, published(quarantine) as rejected_file:
         unit_rows = _write(batches, kept_file, rejected_file, cfg.shard_rows, tally)
+        plan_sha256, quarantine_sha256 = file_sha256(kept_file), file_sha256(rejected_file)
     added = Generation(
         number=len(before),
         rules_sha256=rules_sha256,
@@ -298,15 +316,15 @@ def write_generation(
         rejected=dict(sorted(tally.items())),
         first_unit=before[-1].first_unit + len(before[-1].unit_rows) if before else 0,
         unit_rows=tuple(unit_rows),
-        plan_sha256=file_sha256(plan),
-        quarantine_sha256=file_sha256(quarantine),
+        plan_sha256=plan_sha256,
+        quarantine_sha256=quarantine_sha256,
         moved=moved or {},
     )
     if added.rows_in:
         publish_json(plan.with_suffix(".json"), asdict(added))
     else:
-        plan.unlink()
-        quarantine.unlink()
+        remove(plan)
+        remove(quarantine)
     return added
 
 
@@ -316,7 +334,7 @@ def _load_known_keys(
     connection.execute("CREATE OR REPLACE TEMP TABLE known_keys (key UBIGINT)")
     for plan in before:
         for path in (plan_path, plan_quarantine_path):
-            with path(dataset, plan.number).open("rb") as file:
+            with open_sparsely(path(dataset, plan.number)) as file:
                 for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=["key"]):
                     keys = pa.table({"key": batch["key"]})
                     connection.register("more_keys", keys)

@@ -15,6 +15,7 @@ from data_prep.config import PrepareConfig
 from data_prep.plan import Unit
 from data_prep.publish import Systemic, UnitRecord, publish_unit
 from trainer.errors import BadWorld
+from trainer.place import storage_errors
 
 Result = tuple[Unit, UnitRecord | Systemic]
 Counts = tuple["Synchronized[int]", "Synchronized[int]"]
@@ -87,7 +88,8 @@ def _die_with_parent(alive: Connection) -> None:
 
 
 def _publish(unit: Unit, cfg: PrepareConfig, rules_sha256: str) -> UnitRecord | Systemic:
-    return publish_unit(unit, cfg, rules_sha256, _count_row)
+    with storage_errors(cfg.dataset):  # here, where the error is whole; what is sent has no cause
+        return publish_unit(unit, cfg, rules_sha256, _count_row)
 
 
 def _count_row(kept: bool) -> None:

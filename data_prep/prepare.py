@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.config import PrepareConfig
+from data_prep.distribute import run_distributed
+from data_prep.observed import RateLog, observed
 from data_prep.plan import (
     Generation,
     Unit,
@@ -38,11 +41,12 @@ from data_prep.reach import check_reachable, unreachable
 from data_prep.retry import mark_moved, plan_retry
 from data_prep.scorers import scorer_rules
 from trainer.command import run_command
-from trainer.data.manifest import MANIFEST, Manifest, save_manifest
+from trainer.data.manifest import MANIFEST, Manifest
+from trainer.data.tombstones import save_state, weigh
 from trainer.errors import BadInput, BadWorld
 from trainer.frozen import thaw
 from trainer.observe.countdown import Countdown
-from trainer.observe.ledger import accounted
+from trainer.place import NUM_REQUESTS, is_local, local_folder, remove, storage
 
 # What shapes the stored bytes or decides about rows; the rest may change between two runs.
 _NO_RULES = (
@@ -52,13 +56,24 @@ _NO_RULES = (
     "part",
     "plan_memory_gb",
     "scratch",
+    "distributor",
     "processes",
     "threads",
     "recheck",
     "retry",
+    "wandb",
+    "wandb_project",
     "tdp_w_per_core",
 )
-_NO_DOWNLOAD_RULES = ("accept_unreachable", "max_failed_frac", "user_agent")
+_NO_DOWNLOAD_RULES = (
+    "accept_unreachable",
+    "max_failed_frac",
+    "user_agent",
+    "retries",
+    "max_wait_s",
+    "host_connections",
+    "host_requests_per_s",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,7 +100,11 @@ class Work:
 
 def run(cfg: PrepareConfig) -> int:
     """Publish what is missing of the dataset; print what became of every row."""
-    policy = load_policy(cfg.policy)
+    with storage(cfg.dataset):
+        return _run(cfg, load_policy(cfg.policy))
+
+
+def _run(cfg: PrepareConfig, policy: Policy) -> int:
     shared = cfg.parts > 1
     with locked(cfg.dataset, wait=shared):
         work = make_work(cfg, policy)
@@ -109,7 +128,7 @@ def make_work(cfg: PrepareConfig, policy: Policy) -> Work:
     leftovers = _leftovers(cfg.dataset, work.units)
     if work.todo or leftovers:
         # A dataset without a manifest is unfinished.
-        (cfg.dataset / MANIFEST).unlink(missing_ok=True)
+        remove(cfg.dataset / MANIFEST)
         for name in leftovers:
             retract_unit(cfg.dataset, name)
     return work
@@ -121,7 +140,7 @@ def retry_work(cfg: PrepareConfig, work: Work) -> tuple[Work, int]:
     say(f"{cfg.dataset}: {num_rows} rows in quarantine for {', '.join(cfg.retry)} to try again.")
     if not num_rows:
         return work, 0
-    (cfg.dataset / MANIFEST).unlink(missing_ok=True)
+    remove(cfg.dataset / MANIFEST)
     mark_moved(cfg.dataset, generations)
     work = survey(cfg, generations, work.policy)
     return work, _do(cfg, work)
@@ -132,12 +151,16 @@ def survey(cfg: PrepareConfig, generations: list[Generation], policy: Policy) ->
     rules_sha256 = hash_rules(rules(cfg, policy))
     hashes = cfg.recheck == "hashes"
     units = list_units(generations)
-    records: dict[str, UnitRecord] = {}
-    for unit in units:
+
+    def done(unit: Unit) -> UnitRecord | None:
         record = read_record(cfg.dataset, unit.name)
-        if is_done(cfg.dataset, unit, record, rules_sha256=rules_sha256, hashes=hashes):
-            assert record is not None
-            records[unit.name] = record
+        right = is_done(cfg.dataset, unit, record, rules_sha256=rules_sha256, hashes=hashes)
+        return record if right else None
+
+    # Remote, all the time goes into waiting for answers.
+    with ThreadPoolExecutor(1 if is_local(cfg.dataset) else NUM_REQUESTS) as threads:
+        found = zip(units, threads.map(done, units), strict=True)
+        records = {unit.name: record for unit, record in found if record is not None}
     return Work(generations, units, policy, rules_sha256, records)
 
 
@@ -147,8 +170,8 @@ def _do(cfg: PrepareConfig, work: Work) -> int:
     if todo:
         if work.records:
             say(f"{finished(work)}; going on.")
-        with accounted(cfg.dataset, stage="prepare", tdp_w_per_core=cfg.tdp_w_per_core):
-            _run_todo(cfg, work, todo)
+        with observed(cfg, stage="prepare") as rates:
+            _run_todo(cfg, work, todo, rates)
     shutil.rmtree(cfg.scratch_folder, ignore_errors=True)
     return len(todo)
 
@@ -159,38 +182,47 @@ def _finish(cfg: PrepareConfig, work: Work, num_published: int) -> int:
         say(f"{cfg.dataset}: part {cfg.part} of {cfg.parts} is done; {finished(work)}.")
         return 0
     manifest = make_manifest(cfg, work)
-    save_manifest(cfg.dataset, manifest)
+    save_state(cfg.dataset, manifest, why="kiln prepare")
     print_yield(manifest)
-    done = f"{manifest.rows_kept} samples in {len(manifest.shards)} shards"
+    done = f"{manifest.rows_live} samples in {len(manifest.shards)} shards"
     told = f"{done}." if num_published else f"nothing to do, {done} are there."
     say(f"{cfg.dataset}: {told}")
     return 0
 
 
-def _run_todo(cfg: PrepareConfig, work: Work, todo: list[Unit]) -> None:
+def _run_todo(cfg: PrepareConfig, work: Work, todo: list[Unit], rates: RateLog) -> None:
     """Publish the missing units; add their records to `work.records`."""
     if not cfg.download.accept_unreachable:
         urls = (row.url for unit in islice(todo, 3) for row in read_rows(cfg.dataset, unit))
         check_reachable(urls, cfg.download)
     num_processes = min(cfg.num_processes, len(todo))
     failed: list[Systemic] = []
+    rejected = Counter[str]()
+    publish = run_units if cfg.distributor == "processes" else run_distributed
     try:
         with Countdown("downloading", sum(unit.rows for unit in todo)) as progress:
-            for unit, result in run_units(
+
+            def on_rows(done: int, kept: int) -> None:
+                progress.update(done, kept)
+                rates.update(done, kept)
+
+            for unit, result in publish(
                 todo,
                 cfg,
                 work.rules_sha256,
                 num_processes=num_processes,
-                on_rows=progress.update,
+                on_rows=on_rows,
             ):
                 if isinstance(result, UnitRecord):
                     work.records[unit.name] = result
+                    rejected.update(result.rejected)
                 else:
                     failed.append(result)
                 # What is wrong with one in every process is wrong with the next, too.
                 if len(failed) >= num_processes:
                     break
             progress.finish()
+        rates.finish({f"rejected/{reason}": count for reason, count in rejected.items()})
     except KeyboardInterrupt:
         say(f"{finished(work)}.")
         raise
@@ -267,7 +299,7 @@ def make_manifest(cfg: PrepareConfig, work: Work) -> Manifest:
         },
     )
     assert manifest.rows_in == manifest.rows_kept + manifest.rows_rejected, "rows do not add up"
-    return manifest
+    return weigh(cfg.dataset, manifest)
 
 
 def _pairs(record: UnitRecord) -> tuple[tuple[str, str], ...]:
@@ -284,16 +316,20 @@ def _leftovers(dataset: Path, units: list[Unit]) -> list[str]:
 def locked(dataset: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
     """Keep other commands out of the dataset; the lock ends with the process.
 
+    A remote dataset is locked on this machine only. `parts=` and `part=` keep machines apart; what
+    all of them write, the plan and the manifest, has the same bytes whoever does.
+
     Args:
-        dataset: The folder.
+        dataset: The folder or URL.
         name: Which of its locks.
         wait: Wait for the others, instead of raising.
     """
+    folder = dataset if is_local(dataset) else local_folder(dataset)
     try:
-        dataset.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise BadInput(f"dataset={dataset} is a file, need a folder.") from error
-    with (dataset / name).open("w") as file:
+    with (folder / name).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
@@ -310,6 +346,8 @@ def print_yield(manifest: Manifest) -> None:
     lines = [("in", manifest.rows_in), ("kept", manifest.rows_kept)]
     by_count = sorted(manifest.rejected.items(), key=lambda item: (-item[1], item[0]))
     lines += [(f"rejected: {reason}", count) for reason, count in by_count]
+    if manifest.rows_removed:
+        lines.insert(2, ("of these removed since", manifest.rows_removed))
     for name, count in lines:
         table.add_row(name, f"{count}", f"{100 * count / manifest.rows_in:.2f} %")
     Console().print(table)

@@ -9,14 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from data_prep.config import PrepareConfig
+from data_prep.captions import clean_caption
+from data_prep.config import CaptionsConfig, PrepareConfig
 from data_prep.denied import DeniedContent
 from data_prep.guard import scheme_problem
 from data_prep.languages import sift_languages
@@ -33,15 +36,19 @@ from data_prep.quarantine import (
 )
 from data_prep.rows import Row
 from data_prep.scorers import Candidate, Judged, Measured, load_scoring, scorer_versions
-from trainer.data.manifest import ShardEntry, describe_shard
-from trainer.data.publish import file_sha256, publish_json
-from trainer.data.shards import Sample, write_shard
+from trainer.data.manifest import ShardEntry, describe_shard, publish_shard
+from trainer.data.publish import publish_json
+from trainer.data.shards import Sample
+from trainer.data.tombstones import removed_urls
+from trainer.errors import BadWorld
+from trainer.place import read_bytes, remove, sizes_bytes, storage_errors
 
 if TYPE_CHECKING:
     from data_prep.download import Fetched
 
 MIN_SYSTEMIC_ROWS = 20
 """Fewer rows than this say nothing about the network or the tools."""
+_QUOTED_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +106,7 @@ def status_path(dataset: Path, name: str) -> Path:
 def read_record(dataset: Path, name: str) -> UnitRecord | None:
     """Read the record of a unit; None if the unit is not done."""
     try:
-        return TypeAdapter(UnitRecord).validate_json(record_path(dataset, name).read_bytes())
+        return TypeAdapter(UnitRecord).validate_json(read_bytes(record_path(dataset, name)))
     except (FileNotFoundError, ValidationError):
         return None
 
@@ -110,19 +117,19 @@ def is_done(
     """Whether a unit was published from these rows and rules, and its files are still right."""
     if record is None or record.input_sha256 != unit.input_sha256(rules_sha256):
         return False
-    quarantine = quarantine_path(dataset, unit.name)
-    if not quarantine.exists() or file_sha256(quarantine) != record.quarantine_sha256:
-        return False
     shard = record.shard
-    if shard is None:
-        return True
-    if hashes:
-        try:
-            return describe_shard(dataset, shard.name, shard.count) == shard
-        except FileNotFoundError:
+    try:
+        quarantine = read_bytes(quarantine_path(dataset, unit.name))
+        if hashlib.sha256(quarantine).hexdigest() != record.quarantine_sha256:
             return False
-    files = ((shard.tar(dataset), shard.bytes), (shard.index(dataset), shard.index_bytes))
-    return all(path.exists() and path.stat().st_size == size for path, size in files)
+        if shard is None:
+            return True
+        if hashes:
+            return describe_shard(dataset, shard.name, shard.count) == shard
+    except FileNotFoundError:
+        return False
+    found = sizes_bytes([shard.tar(dataset), shard.index(dataset)])
+    return found == [shard.bytes, shard.index_bytes]
 
 
 def publish_unit(
@@ -133,6 +140,8 @@ def publish_unit(
         result = _publish_unit(unit, cfg, rules_sha256, on_row)
         if isinstance(result, UnitRecord):
             status |= {"rows_kept": result.rows_kept, "rejected": result.rejected}
+        else:
+            status["systemic"] = asdict(result)
         status["state"] = "done" if isinstance(result, UnitRecord) else "systemic failure"
         return result
 
@@ -152,10 +161,13 @@ def _status(unit: Unit, dataset: Path) -> Iterator[dict[str, Any]]:
     status["state"] = "failed"
     try:
         yield status
+    except BaseException as error:
+        status["error"] = f"{type(error).__name__}: {error}"
+        raise
     finally:
         status["elapsed_s"] = round(time.monotonic() - started_s, 3)
         # What is wrong here is wrong for the unit as well, and reported there.
-        with suppress(OSError):
+        with suppress(OSError, BadWorld), storage_errors(dataset):
             publish_json(path, status)
 
 
@@ -164,7 +176,9 @@ def _publish_unit(
 ) -> UnitRecord | Systemic:
     dataset, name = cfg.dataset, unit.name
     retract_unit(dataset, name)
-    rejected, candidates = sift(read_rows(dataset, unit), moved_keys(dataset, unit))
+    removed = frozenset(removed_urls(dataset))
+    rows, moved = read_rows(dataset, unit), moved_keys(dataset, unit)
+    rejected, candidates = sift(rows, cfg.captions, moved=moved, removed=removed)
     policy = read_policy(cfg.policy)
     if policy.languages:
         foreign, candidates = sift_languages(candidates, policy)
@@ -177,7 +191,7 @@ def _publish_unit(
     try:
         if candidates:
             samples = _samples(candidates, work, cfg, rejected, on_row)
-            shard = _publish_shard(dataset, f"shards/{name}.tar", samples)
+            shard = publish_shard(dataset, f"shards/{name}.tar", samples)
         if not cfg.download.accept_unreachable:
             problem = systemic(name, rejected, len(candidates), cfg.download.max_failed_frac)
             if problem is not None:
@@ -222,12 +236,12 @@ def _finish(
     kept = shard.count if shard else 0
     assert kept + len(rejected) == unit.rows, f"unit {unit.name}: rows do not add up"
     quarantine = quarantine_path(cfg.dataset, unit.name)
-    write_quarantine(quarantine, rejected)
+    quarantine_sha256 = write_quarantine(quarantine, rejected)
     record = UnitRecord(
         input_sha256=unit.input_sha256(rules_sha256),
         rows_in=unit.rows,
         rejected=count_reasons(rejected),
-        quarantine_sha256=file_sha256(quarantine),
+        quarantine_sha256=quarantine_sha256,
         shard=shard,
         versions=versions() | scorer_versions(cfg.scorers),
     )
@@ -237,31 +251,47 @@ def _finish(
 
 def retract_unit(dataset: Path, name: str) -> None:
     """Remove what a unit published, the record first, so that it never vouches for half a unit."""
-    record_path(dataset, name).unlink(missing_ok=True)
+    remove(record_path(dataset, name))
     for path in (
         dataset / "shards" / f"{name}.tar",
         dataset / "index" / f"{name}.parquet",
         quarantine_path(dataset, name),
     ):
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
-def sift(rows: Iterable[Row], moved: Collection[str] = ()) -> tuple[list[Rejected], list[Row]]:
-    """Part rows into those that need not be fetched, with the reason, and the others.
+def sift(
+    rows: Iterable[Row],
+    captions: CaptionsConfig,
+    *,
+    moved: Collection[str] = (),
+    removed: Collection[str] = (),
+) -> tuple[list[Rejected], list[Row]]:
+    """Part rows into those that need not be fetched, with the reason, and the others, cleaned.
 
     Args:
         rows: Of one unit.
         moved: Keys of rows that a later unit tries again.
+        captions: How they are cleaned; an original that differs is in `extra`.
+        removed: URLs that were taken down.
     """
     rejected: list[Rejected] = []
     candidates: list[Row] = []
     for row in rows:
         if row.key in moved:
             rejected.append(retried(row.key, row.url))
+        elif row.url in removed:
+            rejected.append(_rejected(row, "source", Reason.REMOVED, "taken down by kiln remove"))
         elif problem := scheme_problem(row.url):
             rejected.append(_rejected(row, "source", Reason.SCHEME_REFUSED, problem))
-        else:
+        elif not (caption := clean_caption(row.caption, captions)):
+            problem = f"nothing left of {row.caption[:_QUOTED_CHARS]!r}"
+            rejected.append(_rejected(row, "source", Reason.MISSING_CAPTION, problem))
+        elif caption == row.caption:
             candidates.append(row)
+        else:
+            extra = row.extra | {"caption_original": row.caption}
+            candidates.append(replace(row, caption=caption, extra=extra))
     return rejected, candidates
 
 
@@ -288,8 +318,7 @@ def _samples(
         if not (kept and is_judged):
             on_row(kept)
 
-    urls, captions = [row.url for row in rows], [row.caption for row in rows]
-    fetched = fetch(urls, captions, work, cfg, on_fetched)
+    fetched = fetch([row.url for row in rows], work, cfg, on_fetched)
     candidates = _candidates(rows, fetched, rejected)
     if denied is not None:
         judged = ((found, _denied(found, denied)) for found in candidates)
@@ -345,7 +374,8 @@ def make_sample(
     measured: Measured = MappingProxyType({}),
 ) -> Sample:
     """Build what the tar and the index store for a kept row; both get what was measured."""
-    about = {**row.extra, **facts, **measured}
+    phash = facts["phash"]
+    about = {**row.extra, **facts, **measured, "phash": f"{phash:016x}"}
     about |= {"key": row.key, "url": row.url, "caption": row.caption}
     members = {
         extension: image,
@@ -357,18 +387,12 @@ def make_sample(
     columns = {
         "width": facts["width"],
         "height": facts["height"],
+        "original_width": facts["original_width"],
+        "original_height": facts["original_height"],
         "caption_chars": len(row.caption),
         "image_sha256": hashlib.sha256(image).hexdigest(),
+        "phash": np.uint64(phash),
+        "host": urlsplit(row.url).hostname,
         **measured,
     }
     return Sample(row.key, members, columns)
-
-
-def _publish_shard(dataset: Path, name: str, samples: Iterable[Sample]) -> ShardEntry | None:
-    index = dataset / "index" / f"{Path(name).stem}.parquet"
-    count = write_shard(dataset / name, index, samples)
-    if count == 0:  # an empty shard would only be a trap for readers
-        (dataset / name).unlink()
-        index.unlink()
-        return None
-    return describe_shard(dataset, name, count)

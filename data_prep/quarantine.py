@@ -15,7 +15,8 @@ from trainer.errors import BadInput
 class Reason(StrEnum):
     """Every reason besides `http_<code>`, the answers that are no picture, and `rule_<key>`.
 
-    RETRIED is no end: the row is counted in the unit that tries it again.
+    REMOVED rows have a URL that was taken down. RETRIED is no end: the row is counted in the unit
+    that tries it again.
     """
 
     MISSING_URL = "missing_url"
@@ -29,10 +30,16 @@ class Reason(StrEnum):
     TOO_MANY_BYTES = "too_many_bytes"
     TRUNCATED = "truncated"
     NOT_AN_IMAGE = "not_an_image"
+    FORMAT_REFUSED = "format_refused"
+    ANIMATED = "animated"
     UNDECODABLE = "undecodable"
     TOO_SMALL = "too_small"
     TOO_LARGE = "too_large"
     ASPECT_RATIO = "aspect_ratio"
+    BLANK = "blank"
+    BAD_RESPONSE = "bad_response"
+    TOO_MANY_REDIRECTS = "too_many_redirects"
+    REMOVED = "removed"
     LANGUAGES = "rule_languages"
     DENIED_CONTENT = "denied_content"
     SCORE_NSFW = "score_nsfw"
@@ -47,14 +54,22 @@ UNREACHED = frozenset({Reason.CONNECTION, Reason.TIMEOUT, Reason.ADDRESS_REFUSED
 """Reasons that, when every row of a unit has one, speak of the network and not of the rows."""
 
 SYSTEMIC = frozenset(
-    {*UNREACHED, Reason.UNDECODABLE, Reason.OTHER, "http_403", "http_429", "http_503"}
+    {
+        *UNREACHED,
+        Reason.BAD_RESPONSE,
+        Reason.UNDECODABLE,
+        Reason.OTHER,
+        "http_403",
+        "http_429",
+        "http_503",
+    }
 )
 """Reasons that speak of the network or of the tools when nearly every row of a unit has one."""
 
 # img2dataset hands every failure on as text. Ours carry their reason in it; the others are
 # recognised by what urllib, http.client and img2dataset 1.47 say.
 _MARK = "kiln-reason="
-_MARKED = re.compile(rf"{_MARK}(\w+): ([^>]*)")
+_MARKED = re.compile(rf"{_MARK}({'|'.join(Reason)}): ([^>]*)")
 _HTTP = re.compile(r"HTTP Error (\d{3})")
 _KNOWN: tuple[tuple[str, Reason], ...] = (
     ("disallowed by X-Robots-Tag", Reason.OPT_OUT),
@@ -64,9 +79,6 @@ _KNOWN: tuple[tuple[str, Reason], ...] = (
     ("urlopen error", Reason.CONNECTION),
     ("Remote end closed connection", Reason.CONNECTION),
     ("Connection reset", Reason.CONNECTION),
-    ("image too small", Reason.TOO_SMALL),
-    ("image area too large", Reason.TOO_LARGE),
-    ("aspect ratio too large", Reason.ASPECT_RATIO),
 )
 
 
@@ -115,11 +127,11 @@ def retried(key: str, url: str | None) -> Rejected:
     return Rejected(key=key, url=url, stage="download", reason=str(Reason.RETRIED), detail=detail)
 
 
-def write_quarantine(path: Path, rows: Iterable[Rejected]) -> None:
-    """Write one JSON line per row, atomically."""
+def write_quarantine(path: Path, rows: Iterable[Rejected]) -> str:
+    """Write one JSON line per row, atomically; return the file's sha256."""
     lines = (json.dumps(asdict(row), sort_keys=True, ensure_ascii=False) for row in rows)
     # Invalid surrogates can be in URLs of the wild; they must not stop the unit.
-    publish_bytes(path, "".join(f"{line}\n" for line in lines).encode(errors="replace"))
+    return publish_bytes(path, "".join(f"{line}\n" for line in lines).encode(errors="replace"))
 
 
 def read_quarantine(path: Path) -> Iterator[Rejected]:

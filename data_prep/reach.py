@@ -1,18 +1,22 @@
 """Find out whether anything of a source can be reached, and say what to do if nothing can."""
 
+import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from data_prep.config import DownloadConfig
-from data_prep.guard import connect, is_public, scheme_problem
+from data_prep.guard import scheme_problem
 from data_prep.quarantine import Reason, reason_of
+from data_prep.transport import Clock, connect, is_public, parse_url
 from trainer.errors import BadWorld
 
 NUM_HOSTS = 16
+_RESOLVER = Path("/etc/resolv.conf")
 _TIMEOUT_S = 3.0
 _PATIENCE_S = 3.0  # a server that was started together with the command may need a moment
 
@@ -25,10 +29,8 @@ def check_reachable(urls: Iterable[str], cfg: DownloadConfig) -> None:
     """
     hosts: dict[tuple[str, int], str] = {}
     for url in islice((url for url in urls if scheme_problem(url) is None), 1000):
-        parts = urlsplit(url)
-        with suppress(ValueError):  # a port that is no number
-            port = parts.port or {"http": 80, "https": 443}[parts.scheme.lower()]
-            hosts.setdefault((parts.hostname or "", port), url)
+        target = parse_url(url)
+        hosts.setdefault((target.host, target.port), url)
         if len(hosts) == NUM_HOSTS:
             break
     if not hosts:
@@ -39,18 +41,35 @@ def check_reachable(urls: Iterable[str], cfg: DownloadConfig) -> None:
             reason, detail = reason_of("failed_to_download", f"<urlopen error {problems[0]}>")
             if reason == Reason.ADDRESS_REFUSED or time.monotonic() > ends_s:
                 what = f"not one of {len(hosts)} host(s) can be reached"
+                if unnamed := _names_problem(problems):
+                    what = f"{what}: {unnamed}"
                 raise unreachable(what, next(iter(hosts.values())), reason, detail)
             time.sleep(0.2)
 
 
-def _problem(address: tuple[str, int], cfg: DownloadConfig) -> str | None:
-    host, port = address
+def _problem(address: tuple[str, int], cfg: DownloadConfig) -> Exception | None:
+    clock = Clock(min(cfg.timeout_s, _TIMEOUT_S), deadline_s=_TIMEOUT_S)
     try:
-        timeout_s = min(cfg.timeout_s, _TIMEOUT_S)
-        connect(host, port, timeout_s=timeout_s, allow_hosts=cfg.allow_hosts).close()
+        connect(*address, clock, cfg.allow_hosts).close()
     except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
-        return str(error) or type(error).__name__
+        return error
     return None
+
+
+def _names_problem(problems: Sequence[Exception | None]) -> str | None:
+    """Say what is wrong if not one name has an address; None if a host has one and is down."""
+    if not all(isinstance(problem, socket.gaierror) for problem in problems):
+        return None
+    try:
+        lines = _RESOLVER.read_text().splitlines()
+    except OSError:
+        lines = []
+    words = [line.split() for line in lines]
+    servers = [word[1] for word in words if word[:1] == ["nameserver"] and word[1:]]
+    asked = f"{_RESOLVER} names {', '.join(servers) or 'none'}"
+    if any(problem.errno == socket.EAI_NONAME for problem in problems):  # type: ignore[union-attr]
+        return f"the name server knows none of them ({asked})"
+    return f"no name server answers ({asked})"
 
 
 def unreachable(what: str, url: str, reason: str, detail: str) -> BadWorld:

@@ -20,10 +20,19 @@ from data_prep.quarantine import (
     retried,
     write_quarantine,
 )
-from trainer.data.publish import file_sha256, publish_json
+from trainer.data.publish import publish_json
 from trainer.errors import BadInput
+from trainer.place import open_sparsely
 
-NEVER = frozenset({Reason.OPT_OUT, Reason.ADDRESS_REFUSED, Reason.SCHEME_REFUSED, Reason.RETRIED})
+NEVER = frozenset(
+    {
+        Reason.OPT_OUT,
+        Reason.REMOVED,
+        Reason.ADDRESS_REFUSED,
+        Reason.SCHEME_REFUSED,
+        Reason.RETRIED,
+    }
+)
 """Reasons that another try would not respect, or not change."""
 
 
@@ -70,7 +79,7 @@ def plan_retry(
 
 def _rows_of(path: Path, keys: NDArray[np.uint64]) -> pa.Table:
     wanted = pa.array(keys)
-    with path.open("rb") as file:
+    with open_sparsely(path) as file:
         parquet = pq.ParquetFile(file)
         groups = (parquet.read_row_group(number) for number in range(parquet.num_row_groups))
         return pa.concat_tables(
@@ -105,6 +114,6 @@ def _mark(dataset: Path, name: str, record: UnitRecord, keys: Collection[str]) -
     lines = read_quarantine(path)
     rows = [retried(row.key, row.url) if row.key in keys else row for row in lines]
     rows.sort(key=lambda row: (row.key, row.reason, row.detail))
-    write_quarantine(path, rows)
-    marked = replace(record, rejected=count_reasons(rows), quarantine_sha256=file_sha256(path))
+    sha256 = write_quarantine(path, rows)
+    marked = replace(record, rejected=count_reasons(rows), quarantine_sha256=sha256)
     publish_json(record_path(dataset, name), asdict(marked))

@@ -18,14 +18,24 @@ from trainer.data.manifest import (
     REPAIR_ENCODING,
     Manifest,
     ShardEntry,
-    describe_shard,
     encoding_folder,
     list_encodings,
     load_manifest,
 )
-from trainer.data.shards import Shard, read_index, scan_tar
+from trainer.data.publish import file_sha256
+from trainer.data.shards import Shard, read_index
+from trainer.data.tombstones import (
+    CLUSTER_WEIGHTS,
+    REPAIR_WEIGHTS,
+    TOMBSTONES,
+    read_cluster_weights,
+    read_row_weights,
+    read_tombstones,
+    row_weights_path,
+)
 from trainer.errors import BadInput
 from trainer.observe.countdown import Countdown
+from trainer.place import open_sparsely, storage
 
 REPAIR = "Give its `kiln prepare` command again with recheck=hashes: it replaces what is wrong."
 
@@ -37,6 +47,11 @@ def main(argv: Sequence[str]) -> int:
 
 def run(cfg: VerifyConfig) -> int:
     """Print what was read and every problem; 1 if there is any."""
+    with storage(cfg.dataset):
+        return _run(cfg)
+
+
+def _run(cfg: VerifyConfig) -> int:
     manifest = load_manifest(cfg.dataset)
     problems: list[str] = []
     num_read = Counter[str]()
@@ -49,6 +64,7 @@ def run(cfg: VerifyConfig) -> int:
             progress.update(num_read["samples"])
         progress.finish()
     problems += repeated_keys(keys)
+    problems += weight_problems(cfg.dataset, manifest, keys)
     problems += quarantine_problems(cfg.dataset, manifest)
     for fingerprint, found in encoding_problems(cfg.dataset, manifest, keys):
         num_read[f"encoding {fingerprint[:12]}"] += 1
@@ -61,7 +77,7 @@ def run(cfg: VerifyConfig) -> int:
 def shard_problems(
     folder: Path, entry: ShardEntry, keys: dict[str, list[str]], *, repair: str
 ) -> Iterator[str]:
-    """Compare one tar and its index with the manifest and with each other.
+    """Compare one tar and its index with the manifest and with each other; reads the tar once.
 
     Args:
         folder: Dataset or encoding.
@@ -71,36 +87,42 @@ def shard_problems(
     """
     tar, index_path = entry.tar(folder), entry.index(folder)
     try:
-        index, scanned = read_index(index_path, repair=repair), scan_tar(tar, repair=repair)
+        index = read_index(index_path, repair=repair)
+        with Shard(tar, index, whole=True, repair=repair) as shard:
+            scanned = shard.scan()
+            for path, got, expected in (
+                (tar, shard.sha256(), entry.sha256),
+                (index_path, file_sha256(index_path), entry.index_sha256),
+            ):
+                if got != expected:
+                    yield (
+                        f"{path} has sha256 {got[:16]}..., the manifest says {expected[:16]}... "
+                        f"{repair}"
+                    )
+            if entry.count != index.num_rows:
+                yield (
+                    f"{index_path} has {index.num_rows} rows, the manifest says {entry.count}. "
+                    f"{repair}"
+                )
+            if not scanned.equals(
+                index.select([n for n in scanned.column_names if n in index.schema.names])
+            ):
+                yield f"{tar} holds other members than {index_path} says. {repair}"
+                return
+            keys[entry.number] = index["key"].to_pylist()
+            if "image_sha256" in index.column_names:
+                yield from image_problems(shard, index, repair=repair)
     except BadInput as error:
         yield str(error)
-        return
-    found = describe_shard(folder, entry.name, index.num_rows)
-    for path, got, expected in (
-        (tar, found.sha256, entry.sha256),
-        (index_path, found.index_sha256, entry.index_sha256),
-    ):
-        if got != expected:
-            yield f"{path} has sha256 {got[:16]}..., the manifest says {expected[:16]}... {repair}"
-    if entry.count != index.num_rows:
-        yield f"{index_path} has {index.num_rows} rows, the manifest says {entry.count}. {repair}"
-    if not scanned.equals(
-        index.select([n for n in scanned.column_names if n in index.schema.names])
-    ):
-        yield f"{tar} holds other members than {index_path} says. {repair}"
-        return
-    keys[entry.number] = index["key"].to_pylist()
-    if "image_sha256" in index.column_names:
-        yield from image_problems(tar, index, repair=repair)
 
 
-def image_problems(tar: Path, index: pa.Table, *, repair: str) -> Iterator[str]:
+def image_problems(shard: Shard, index: pa.Table, *, repair: str) -> Iterator[str]:
     """Compare the stored pictures with their hashes in the index."""
-    with Shard(tar, index, repair=repair) as shard:
-        for row, expected in enumerate(index["image_sha256"].to_pylist()):
-            (extension,) = set(shard.extensions(row)) - {"json", "txt"}
-            if hashlib.sha256(shard.read(row, extension)).hexdigest() != expected:
-                yield f"{tar}: {shard.keys[row]}.{extension} is not what the index says. {repair}"
+    for row, expected in enumerate(index["image_sha256"].to_pylist()):
+        (extension,) = set(shard.extensions(row)) - {"json", "txt"}
+        if hashlib.sha256(shard.read(row, extension)).hexdigest() != expected:
+            key = shard.keys[row]
+            yield f"{shard.path}: {key}.{extension} is not what the index says. {repair}"
 
 
 def repeated_keys(keys: dict[str, list[str]]) -> Iterator[str]:
@@ -115,7 +137,7 @@ def quarantine_problems(dataset: Path, manifest: Manifest) -> Iterator[str]:
     """Compare the quarantine files with the manifest: rows in == kept + rejected."""
     counts: Counter[str] = Counter()
     for path in sorted((dataset / "quarantine").glob("plan-*.parquet")):
-        with path.open("rb") as file:
+        with open_sparsely(path) as file:
             counts.update(pq.read_table(file, columns=["reason"])["reason"].to_pylist())
     for path in sorted((dataset / "quarantine").glob("*.jsonl")):
         try:
@@ -132,6 +154,40 @@ def quarantine_problems(dataset: Path, manifest: Manifest) -> Iterator[str]:
             )
 
 
+def weight_problems(dataset: Path, manifest: Manifest, keys: dict[str, list[str]]) -> Iterator[str]:
+    """Compare the weights of all rows with the manifest, the tombstones and the cluster weights."""
+    for name, expected in (
+        (TOMBSTONES, manifest.tombstones_sha256),
+        (CLUSTER_WEIGHTS, manifest.cluster_weights_sha256),
+    ):
+        path = dataset / name
+        found = file_sha256(path) if path.exists() else None
+        if found != expected:
+            yield (
+                f"{path} has sha256 {found and found[:16]}, the manifest says "
+                f"{expected and expected[:16]}. {REPAIR_WEIGHTS}"
+            )
+    try:
+        tombstones, lighter = read_tombstones(dataset, ["key"]), read_cluster_weights(dataset)
+    except BadInput as error:
+        yield str(error)
+        return
+    due = dict(zip(lighter["key"].to_pylist(), lighter["weight"].to_pylist(), strict=True))
+    due |= dict.fromkeys(tombstones["key"].to_pylist(), 0.0)
+    for shard in manifest.shards:
+        try:
+            weights = read_row_weights(dataset, shard, manifest.weights.get(shard.number))
+        except BadInput as error:
+            yield str(error)
+            continue
+        wanted = [due.get(int(key, 16), 1.0) for key in keys.get(shard.number, [])]
+        if wanted and weights.tolist() != wanted:
+            yield (
+                f"{row_weights_path(dataset, shard.number)} is not what {TOMBSTONES} and "
+                f"{CLUSTER_WEIGHTS} say of its samples. {REPAIR_WEIGHTS}"
+            )
+
+
 def encoding_problems(
     dataset: Path, manifest: Manifest, keys: dict[str, list[str]]
 ) -> Iterator[tuple[str, list[str]]]:
@@ -139,7 +195,7 @@ def encoding_problems(
     for encoding in list_encodings(dataset):
         folder = encoding_folder(dataset, encoding.fingerprint)
         found: list[str] = []
-        if encoding.dataset_fingerprint != manifest.fingerprint:
+        if encoding.dataset_fingerprint != manifest.shards_fingerprint:
             found.append(f"{folder} was made from another state of the dataset. {REPAIR_ENCODING}")
         encoded: dict[str, list[str]] = {}
         for entry in encoding.shards:

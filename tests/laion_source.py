@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.captions import clean_caption
+from data_prep.config import CaptionsConfig
 from data_prep.serve import DIRECT, SourceServer
 from tests.tiny_source import free_port, make_source
 
@@ -24,6 +26,7 @@ LAION = SHARED / "laion_10k.parquet"
 needs_laion = pytest.mark.skipif(
     not LAION.exists(), reason=f"{LAION} is not there: the real LAION rows are optional"
 )
+CAPTIONS = CaptionsConfig(unescape_html=True, drop_urls=True, max_chars=4000)
 FAULTS = {  # last two digits of a row's hash -> what is wrong, and the reason that it must get
     0: ("missing", "http_404"),
     1: ("missing", "http_404"),
@@ -82,7 +85,7 @@ def make_laion_source(out, *, num_rows=10_000):
             reason = "duplicate"
         elif not rest:
             reason = "scheme_refused"
-        elif not text:
+        elif not text or not clean_caption(text, CAPTIONS):
             reason = "missing_caption"
         seen.add((urls[-1], text))
         expected[reason or "kept"] += 1

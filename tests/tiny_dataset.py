@@ -4,8 +4,8 @@ import hashlib
 from io import BytesIO
 
 from data_prep.scenes import caption, draw_scene, paint
-from trainer.data.manifest import Manifest, describe_shard, save_manifest
-from trainer.data.shards import Sample, write_shard
+from trainer.data.manifest import Manifest, publish_shard, save_manifest
+from trainer.data.shards import Sample
 
 
 def sample(index, *, side_px=32, seed=0, text=None):
@@ -21,10 +21,7 @@ def publish(dataset, shards):
     """Publish lists of samples as shards."""
     entries = []
     for number, samples in enumerate(shards):
-        name = f"shards/{number:05d}.tar"
-        index = dataset / "index" / f"{number:05d}.parquet"
-        count = write_shard(dataset / name, index, sorted(samples))
-        entries.append(describe_shard(dataset, name, count))
+        entries.append(publish_shard(dataset, f"shards/{number:05d}.tar", sorted(samples)))
     num_rows = sum(entry.count for entry in entries)
     manifest = Manifest(shards=tuple(entries), rows_in=num_rows, rows_kept=num_rows, rejected={})
     save_manifest(dataset, manifest)

@@ -71,9 +71,17 @@ def encode_dataset(dataset, encoders):
         dataset=dataset,
         encoders=encoders,
         batch_images=8,
+        batch_tokens=64,
         threads=1,
+        decode_threads=1,
         device="cpu",
+        probe_s=0.0,
+        dry_run=False,
+        parts=1,
+        part=0,
         recheck="sizes",
+        wandb="off",
+        wandb_project="kiln",
         tdp_w_per_core=7.0,
     )
     assert encode.run(cfg) == 0

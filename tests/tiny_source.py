@@ -13,7 +13,7 @@ from data_prep.plan import list_units, make_plan
 from data_prep.policy import load_policy
 from data_prep.prepare import hash_rules, make_manifest, make_work, rules
 from data_prep.publish import UnitRecord, publish_unit
-from trainer.data.manifest import save_manifest
+from trainer.data.tombstones import save_state
 from trainer.frozen import compose
 
 NUM_PICTURES = 80
@@ -69,6 +69,7 @@ def prepare_overrides(source, dataset, *more):
         "download.timeout_s=2",
         "processes=1",
         "threads=16",
+        "wandb=off",
         *more,
     ]
 
@@ -85,7 +86,7 @@ def tree_hashes(dataset):
         for path in sorted(dataset.rglob("*"))
         if path.is_file()
         and path.name not in skip
-        and path.parent.name != "status"
+        and not {"status", "observe", "ledger"} & set(path.relative_to(dataset).parts)
         and not path.name.startswith(".")
     }
 
@@ -103,7 +104,7 @@ def publish_here(cfg):
         record = publish_unit(unit, cfg, work.rules_sha256, lambda kept: None)
         assert isinstance(record, UnitRecord)
         work.records[unit.name] = record
-    save_manifest(cfg.dataset, make_manifest(cfg, work))
+    save_state(cfg.dataset, make_manifest(cfg, work), why="kiln prepare")
     shutil.rmtree(cfg.scratch_folder)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from trainer.loop import Objective, Parts, Progress
 from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
 from trainer.objectives import LatentObjective, ReconstructionObjective
+from trainer.place import place, read_bytes
 from trainer.plan import Plan
 from trainer.runtime.checkpoint import load, newest_valid, read_state
 from trainer.runtime.comm import Comm
@@ -75,7 +77,7 @@ class Built:
 
 def build(cfg: TrainConfig, plan: Plan, comm: Comm) -> Built:
     """Assemble a run on this rank, at its beginning; `restore` brings it further."""
-    manifest = load_manifest(Path(cfg.data.dataset))
+    manifest = load_manifest(place(cfg.data.dataset))
     model = build_model(cfg)
     if isinstance(cfg.model, AutoencoderModelConfig):
         objective, source, encoding = *_first_stage(cfg, comm), ""
@@ -171,7 +173,7 @@ def learning_rate(cfg: OptimConfig, total_images: int) -> Callable[[int], float]
 def _first_stage(cfg: TrainConfig, comm: Comm) -> tuple[Objective, Source]:
     assert isinstance(cfg.objective, ReconstructionConfig)
     assert isinstance(cfg.model, AutoencoderModelConfig)
-    dataset, side_px = Path(cfg.data.dataset), cfg.encoders.image_side_px
+    dataset, side_px = place(cfg.data.dataset), cfg.encoders.image_side_px
     objective = ReconstructionObjective(
         seed=cfg.seed,
         latent_channels=cfg.model.latent_channels,
@@ -187,15 +189,14 @@ def _first_stage(cfg: TrainConfig, comm: Comm) -> tuple[Objective, Source]:
 
 def _second_stage(cfg: TrainConfig, comm: Comm) -> tuple[Objective, Source, str]:
     assert isinstance(cfg.objective, FlowConfig | VpConfig)
-    dataset = Path(cfg.data.dataset)
+    dataset = place(cfg.data.dataset)
     encoding = matching_encoding(cfg, load_manifest(dataset))
 
     def numbers(values: list[float]) -> Tensor:
         return torch.tensor(values, device=comm.device)
 
-    null_text = np.load(
-        encoding_folder(dataset, encoding.fingerprint) / "null_text.npy", allow_pickle=False
-    )
+    null_text_file = encoding_folder(dataset, encoding.fingerprint) / "null_text.npy"
+    null_text = np.load(BytesIO(read_bytes(null_text_file)), allow_pickle=False)
     objective = LatentObjective(
         build_process(cfg.objective),
         seed=cfg.seed,

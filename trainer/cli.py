@@ -20,6 +20,9 @@ COMMANDS = {
     "prepare": ("data_prep.prepare", "download, check and publish image-text URLs as WebDataset"),
     "encode": ("data_prep.encode", "turn pictures and captions into latents and text states"),
     "verify": ("data_prep.verify", "re-hash and cross-check a published dataset"),
+    "stats": ("data_prep.stats", "say what is in a published dataset, as tables and a page"),
+    "dedup": ("data_prep.dedup", "remove or weigh down exact and near-duplicate pictures"),
+    "remove": ("data_prep.remove", "take samples out by key, URL or hash; no tar is rewritten"),
     "plan": ("trainer.plan", "print what a training run will take; touches nothing"),
     "train": ("trainer.train", "train, or continue a run; the same command again resumes"),
     "sample": ("trainer.sample", "generate pictures from captions with a run's EMA weights"),
@@ -54,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kiln: got the command '{name}'; known: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("botocore", "aiobotocore"):  # they would say where they found credentials
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         module = importlib.import_module(COMMANDS[name][0])
         return int(module.main(rest))

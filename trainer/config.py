@@ -36,6 +36,16 @@ class TextEncoderConfig:
 
 
 @config
+class BucketsConfig:
+    """Encode each picture at the size, of nearly equal area, that is nearest to its shape."""
+
+    max_aspect: Annotated[float, Field(gt=1, le=8)]
+    """Longest side over shortest of any bucket; more elongated pictures are cropped to it."""
+    step_px: PositiveInt
+    """The buckets' sides are multiples of this; must be one of the autoencoder's downscale."""
+
+
+@config
 class EncodersConfig:
     """Everything a latent depends on besides the picture; its hash is the encodings' name."""
 
@@ -45,6 +55,18 @@ class EncodersConfig:
     """The caption encoder."""
     image_side_px: PositiveInt
     """Pictures are resized (shorter side) and centre-cropped to this square before encoding."""
+    buckets: BucketsConfig | None = None
+    """Sizes other than the square, each of at most its area, e.g. {max_aspect: 2, step_px: 64};
+    null is the square alone. Training reads one size, so it needs null."""
+
+    def __post_init__(self) -> None:
+        if self.buckets is not None and self.image_side_px % self.buckets.step_px:
+            step_px = self.buckets.step_px
+            fitting = max(step_px, self.image_side_px // step_px * step_px)
+            raise ValueError(
+                f"image_side_px={self.image_side_px} is no multiple of buckets.step_px={step_px}. "
+                f"Try image_side_px={fitting}."
+            )
 
 
 @config
@@ -288,7 +310,7 @@ class DataConfig:
     """Where the samples come from."""
 
     dataset: str
-    """A published dataset folder."""
+    """A published dataset: a folder or a URL."""
     prefetch_batches: PositiveInt
     """Batches read ahead by one thread; never part of the resume state."""
 

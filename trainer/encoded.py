@@ -1,11 +1,10 @@
 """Which of a dataset's encodings a configuration means; latents of other encoders are refused."""
 
-from pathlib import Path
-
 from trainer.config import TrainConfig
 from trainer.data.manifest import Encoding, Manifest, list_encodings
 from trainer.errors import BadInput
 from trainer.models.fingerprint import identify
+from trainer.place import place
 
 
 def matching_encoding(cfg: TrainConfig, manifest: Manifest) -> Encoding:
@@ -15,7 +14,7 @@ def matching_encoding(cfg: TrainConfig, manifest: Manifest) -> Encoding:
         BadInput: There is none, it is of an older state of the dataset, or it does not fit the
             network.
     """
-    dataset = Path(cfg.data.dataset)
+    dataset = place(cfg.data.dataset)
     wanted = identify(cfg.encoders).fingerprint
     found = {encoding.fingerprint: encoding for encoding in list_encodings(dataset)}
     encode = f"kiln encode dataset={dataset} (with the same autoencoder=, text= and encoders.*)"
@@ -26,7 +25,7 @@ def matching_encoding(cfg: TrainConfig, manifest: Manifest) -> Encoding:
             f"there: {there}. Make them: {encode}"
         )
     encoding = found[wanted]
-    if encoding.dataset_fingerprint != manifest.fingerprint:
+    if encoding.dataset_fingerprint != manifest.shards_fingerprint:
         raise BadInput(
             f"the latents in {dataset}/encodings/{wanted} are of an older state of the dataset. "
             f"Bring them up to date: {encode}"

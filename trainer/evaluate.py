@@ -25,6 +25,7 @@ from trainer.gallery import Shown, dataset_pictures, reconstructions, write_gall
 from trainer.observe.countdown import Countdown
 from trainer.observe.energy import open_meters
 from trainer.observe.ledger import Ledger
+from trainer.place import place
 from trainer.sampler import Pixels, Sampler, load_sampler
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def _row(name: str, columns: dict[str, dict[str, Share]]) -> Iterator[tuple[str,
 
 def _judge_pictures(cfg: EvaluateConfig, sampler: Sampler) -> tuple[dict[str, Any], list[Shown]]:
     """Say what can be said of pictures that cannot be read back: how good the autoencoder is."""
-    dataset, side_px = Path(sampler.cfg.data.dataset), sampler.cfg.encoders.image_side_px
+    dataset, side_px = place(sampler.cfg.data.dataset), sampler.cfg.encoders.image_side_px
     manifest = load_manifest(dataset)
     found = dataset_pictures(dataset, manifest, cfg.num_captions, side_px=side_px)
     captions = [text for text, _ in found]
@@ -169,7 +170,7 @@ def psnr(a: Pixels, b: Pixels) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 def _has_scenes(sampler: Sampler) -> bool:
     """Whether the dataset's captions are those of painted scenes."""
-    dataset = Path(sampler.cfg.data.dataset)
+    dataset = place(sampler.cfg.data.dataset)
     found = dataset_pictures(dataset, load_manifest(dataset), PROBE_CAPTIONS, side_px=8)
     try:
         for text, _ in found:

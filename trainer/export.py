@@ -19,6 +19,7 @@ from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
 from trainer.models.loading import load_weights
 from trainer.observe.jsonl import read_rows
+from trainer.place import place
 from trainer.runtime.checkpoint import TrainState, read_ema
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def training_facts(run_dir: Path, trained: TrainConfig, state: TrainState) -> di
         **{name: thaw(trained)[name] for name in ("model", "objective", "batch", "optim", "seed")},
     }
     if state.encoding_fingerprint:
-        folder = encoding_folder(Path(trained.data.dataset), state.encoding_fingerprint)
+        folder = encoding_folder(place(trained.data.dataset), state.encoding_fingerprint)
         facts["encoding"] = load_encoding(folder).facts
     return facts
 

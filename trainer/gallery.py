@@ -11,6 +11,7 @@ from trainer.data.manifest import Manifest, load_manifest
 from trainer.data.publish import publish_json, published
 from trainer.data.shards import Shard, read_index
 from trainer.data.sources import decode_square
+from trainer.place import place
 from trainer.sampler import Pixels, Sampler
 
 TILE_PX = 128
@@ -84,7 +85,7 @@ def grid(samples: Sequence[Shown]) -> Image.Image:
 
 def reconstructions(sampler: Sampler, count: int) -> list[Pair]:
     """Pass some pictures of a run's dataset through its autoencoder."""
-    dataset = Path(sampler.cfg.data.dataset)
+    dataset = place(sampler.cfg.data.dataset)
     side_px = sampler.cfg.encoders.image_side_px
     found = dataset_pictures(dataset, load_manifest(dataset), count, side_px=side_px)
     if not found:

@@ -55,7 +55,8 @@ class LatentObjective:
             return out
 
         t_B = self._process.training_time(u_B)
-        return denoising_loss(self._process, predict, x0_BCHW, noise_BCHW, t_B)
+        loss_B = denoising_loss(self._process, predict, x0_BCHW, noise_BCHW, t_B)
+        return _weigh(loss_B, batch.weights_B)
 
     def _drop_captions(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
         u_B = philox.uniforms(
@@ -110,7 +111,7 @@ class ReconstructionObjective:
                 pictures = crops(batch.pictures_BCHW[chosen_B], u_B3[chosen_B, 1:], side_px)
                 who = (batch.ids_B[chosen_B], batch.visits_B[chosen_B])
                 loss_B[chosen_B] = self._loss(model, pictures, *who)
-        return loss_B
+        return _weigh(loss_B, batch.weights_B)
 
     def _loss(
         self, model: nn.Module, pictures_BCHW: Tensor, ids_B: Tensor, visits_B: Tensor
@@ -131,6 +132,11 @@ def crops(pictures_BCHW: Tensor, u_B2: Tensor, side_px: int) -> Tensor:
         for picture, (top, left) in zip(pictures_BCHW, places, strict=True)
     ]
     return torch.stack(squares)
+
+
+def _weigh(loss_B: Tensor, weights_B: Tensor | None) -> Tensor:
+    """Near-duplicates count less; the mean over a batch then weighs clusters, not samples."""
+    return loss_B if weights_B is None else weights_B * loss_B
 
 
 def _pad_tokens(x: Tensor, num_tokens: int) -> Tensor:

@@ -12,6 +12,7 @@ from trainer.errors import BadInput
 from trainer.frozen import config
 from trainer.observe.report_page import render
 from trainer.observe.story import DatasetFacts, read_config, read_story
+from trainer.place import place
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def dataset_facts(dataset_dir: Path) -> DatasetFacts | None:
 
 def _dataset_dir(cfg: ReportConfig) -> Path | None:
     named = cfg.dataset or read_config(Path(cfg.run)).get("data", {}).get("dataset")
-    return Path(named) if named else None
+    return place(named) if named else None
 
 
 def _versions() -> dict[str, str]:

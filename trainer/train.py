@@ -13,6 +13,7 @@ from trainer.data.manifest import load_manifest
 from trainer.data.publish import publish_json
 from trainer.encoded import matching_encoding
 from trainer.errors import BadInput
+from trainer.place import place, storage
 from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
@@ -33,9 +34,11 @@ def run(cfg: TrainConfig) -> int:
             "machine give cluster=local."
         )
     folder = Path(cfg.run)
-    manifest = load_manifest(Path(cfg.data.dataset))
-    if cfg.model.kind != "autoencoder_kl":
-        matching_encoding(cfg, manifest)
+    dataset = place(cfg.data.dataset)
+    with storage(dataset):
+        manifest = load_manifest(dataset)
+        if cfg.model.kind != "autoencoder_kl":
+            matching_encoding(cfg, manifest)
     with locked(folder):
         changed = freeze_config(folder, cfg)
         for line in changed:

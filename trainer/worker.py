@@ -15,6 +15,7 @@ from trainer.config import TrainConfig
 from trainer.errors import BadInput, BadWorld
 from trainer.frozen import read_yaml
 from trainer.loop import Progress, train
+from trainer.place import place, storage_errors
 from trainer.plan import make_plan
 from trainer.runtime.comm import Comm
 from trainer.runtime.env import read_rank_env
@@ -30,7 +31,10 @@ def work(run: Path) -> int:
     cfg = read_yaml(TrainConfig, run / "config.yaml")
     env, plan = read_rank_env(), make_plan(cfg)
     comm = Comm(env, cfg.cluster.device)
-    with Bookkeeper(cfg, plan, comm, attempt=env.attempt, launcher_pid=launcher_pid()) as books:
+    with (
+        storage_errors(place(cfg.data.dataset)),
+        Bookkeeper(cfg, plan, comm, attempt=env.attempt, launcher_pid=launcher_pid()) as books,
+    ):
         if env.rank == 0:
             for leftover in (run / "checkpoints").glob(".*.partial"):
                 shutil.rmtree(leftover)

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from trainer.data.publish import file_sha256, publish_json
-from trainer.data.shards import REPAIR
+from trainer.data.shards import REPAIR, Sample, write_shard
 from trainer.errors import BadInput
+from trainer.place import read_bytes, remove, sizes_bytes
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -51,8 +52,32 @@ class ShardEntry:
         return folder / "index" / f"{self.number}.parquet"
 
 
+def publish_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardEntry | None:
+    """Write a tar and its index into a dataset or encoding; None, and no files, without samples.
+
+    Args:
+        folder: Dataset or encoding.
+        name: Path of the tar inside it; its stem is the shard's number.
+        samples: In strictly increasing order of their keys.
+    """
+    tar, index = folder / name, folder / "index" / f"{Path(name).stem}.parquet"
+    written = write_shard(tar, index, samples)
+    if written.num_samples == 0:  # an empty shard would only be a trap for readers
+        remove(tar)
+        remove(index)
+        return None
+    return ShardEntry(
+        name=name,
+        bytes=written.num_bytes,
+        sha256=written.sha256,
+        count=written.num_samples,
+        index_bytes=written.index_num_bytes,
+        index_sha256=written.index_sha256,
+    )
+
+
 def describe_shard(folder: Path, name: str, count: int) -> ShardEntry:
-    """Measure and hash a tar that `write_shard` has written, and its index."""
+    """Measure and hash a published tar and its index as they are now."""
     tar, index = folder / name, folder / "index" / f"{Path(name).stem}.parquet"
     return ShardEntry(
         name=name,
@@ -71,6 +96,18 @@ def shards_fingerprint(shards: Iterable[ShardEntry]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowWeights:
+    """A shard of which some samples count less than others: `weights/00000.npy`."""
+
+    removed: int
+    """Samples of weight 0: they are in the tar, and no reader gives them out."""
+    weighted: int
+    """Samples of a weight between 0 and 1."""
+    sha256: str
+    """Hash of the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A dataset: its shards, what became of every input row, and where it came from."""
 
@@ -79,9 +116,15 @@ class Manifest:
     rows_in: int
     """Rows of the source."""
     rows_kept: int
-    """Samples in all shards."""
+    """Samples in all shards, whatever their weight."""
     rejected: dict[str, int]
     """Reason -> rows in quarantine for it."""
+    weights: dict[str, RowWeights] = field(default_factory=dict)
+    """Shard number -> weights of its samples; in all other shards every sample has weight 1."""
+    tombstones_sha256: str | None = None
+    """Hash of `tombstones.parquet`, if any sample was ever removed."""
+    cluster_weights_sha256: str | None = None
+    """Hash of `weights.parquet`, if near-duplicates share one weight."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Source hash, rules and their hash, versions of the tools."""
     schema: int = SCHEMA
@@ -89,8 +132,31 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """The dataset's name by content; changes with any byte of any shard."""
+        """The dataset's name by content; changes with any byte of any shard and any weight."""
+        if not self.weights:
+            return self.shards_fingerprint
+        lines = sorted(f"{number}\0{some.sha256}\n" for number, some in self.weights.items())
+        return hashlib.sha256("".join([self.shards_fingerprint, *lines]).encode()).hexdigest()
+
+    @property
+    def shards_fingerprint(self) -> str:
+        """The name of the shards alone, which encodings are made from."""
         return shards_fingerprint(self.shards)
+
+    @property
+    def rows_removed(self) -> int:
+        """Samples of weight 0."""
+        return sum(some.removed for some in self.weights.values())
+
+    @property
+    def rows_weighted(self) -> int:
+        """Samples of a weight between 0 and 1."""
+        return sum(some.weighted for some in self.weights.values())
+
+    @property
+    def rows_live(self) -> int:
+        """Samples that readers give out."""
+        return self.rows_kept - self.rows_removed
 
     @property
     def rows_rejected(self) -> int:
@@ -105,7 +171,7 @@ class Encoding:
     fingerprint: str
     """The encoding's name: hash of everything that shapes a latent; also its folder's name."""
     dataset_fingerprint: str
-    """The dataset that it was made from."""
+    """The shards that it was made from: the dataset's `shards_fingerprint`."""
     shards: tuple[ShardEntry, ...]
     """One per shard of the dataset, with equal numbers, keys and counts."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -139,6 +205,13 @@ def load_manifest(dataset: Path) -> Manifest:
             f"{path} does not add up: {manifest.rows_in} rows in, {manifest.rows_kept} kept "
             f"({kept} in its shards), {manifest.rows_rejected} rejected. {REPAIR}"
         )
+    counts = {shard.number: shard.count for shard in manifest.shards}
+    for number, some in manifest.weights.items():
+        if some.removed + some.weighted > counts.get(number, 0):
+            raise BadInput(
+                f"{path} does not add up: {some.removed} samples removed and {some.weighted} "
+                f"weighted of {counts.get(number, 0)} in shard {number}. {REPAIR}"
+            )
     return manifest
 
 
@@ -171,22 +244,25 @@ def check_files(folder: Path, shards: Sequence[ShardEntry], *, repair: str = REP
     Raises:
         BadInput: The first file that is not, with the expected and the found size.
     """
-    for shard in shards:
-        expected = ((shard.tar(folder), shard.bytes), (shard.index(folder), shard.index_bytes))
-        for path, expected_bytes in expected:
-            if not path.exists():
-                raise BadInput(f"{path} is not there, the manifest lists it. {repair}")
-            found_bytes = path.stat().st_size
-            if found_bytes != expected_bytes:
-                raise BadInput(
-                    f"{path} does not match the manifest: expected {expected_bytes} bytes, found "
-                    f"{found_bytes}. {repair}"
-                )
+    expected = [
+        pair
+        for shard in shards
+        for pair in ((shard.tar(folder), shard.bytes), (shard.index(folder), shard.index_bytes))
+    ]
+    found = sizes_bytes([path for path, _ in expected])
+    for (path, expected_bytes), found_bytes in zip(expected, found, strict=True):
+        if found_bytes is None:
+            raise BadInput(f"{path} is not there, the manifest lists it. {repair}")
+        if found_bytes != expected_bytes:
+            raise BadInput(
+                f"{path} does not match the manifest: expected {expected_bytes} bytes, found "
+                f"{found_bytes}. {repair}"
+            )
 
 
 def _load(cls: type[T], path: Path, repair: str) -> T:
     try:
-        loaded = TypeAdapter(cls).validate_json(path.read_bytes())
+        loaded = TypeAdapter(cls).validate_json(read_bytes(path))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])

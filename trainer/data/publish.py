@@ -8,31 +8,46 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.place import is_local, local_folder, put_bytes, remote
+
 
 @contextlib.contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` when the block ends normally.
+    """Give a temporary local path; it becomes `path`, all of it at once, if the block ends well.
 
-    After an exception nothing is left; after a crash only a `.NAME.partial` that the next
-    attempt overwrites.
+    On disk it lies beside `path` and is renamed. For a remote `path` it lies in `local_folder` and
+    is put as one object, which nobody sees before it is whole. After an exception nothing is left;
+    after a crash only a `.NAME.partial` that the next attempt overwrites.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    folder = path.parent if is_local(path) else local_folder(path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{path.name}.partial"
     try:
         yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        if is_local(path):
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        else:
+            fs, name = remote(path)
+            fs.put_file(str(partial), name)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    if is_local(path):
+        _sync_folder(folder)
+    else:
+        partial.unlink()
 
 
-def publish_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, atomically."""
-    with published(path) as partial:
-        partial.write_bytes(data)
+def publish_bytes(path: Path, data: bytes) -> str:
+    """Write `data` to `path`, atomically; return its sha256."""
+    if is_local(path):
+        with published(path) as partial:
+            partial.write_bytes(data)
+    else:
+        put_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def publish_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value

@@ -1,8 +1,11 @@
 """Write tars that are the same byte for byte, index them, and read their members by position."""
 
+import hashlib
 import os
+import shutil
 import tarfile
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Collection, Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -11,8 +14,9 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.publish import published
+from trainer.data.publish import file_sha256, published
 from trainer.errors import BadInput
+from trainer.place import is_local, local_folder, read_bytes, remote
 
 BLOCK_BYTES = 512
 REPAIR = "Give the `kiln prepare` command that made the dataset again: it writes what is missing."
@@ -29,8 +33,22 @@ class Sample(NamedTuple):
     """Extra values for the index; every sample of a shard has the same names."""
 
 
-def write_shard(tar_path: Path, index_path: Path, samples: Iterable[Sample]) -> int:
-    """Write a tar and its index, each atomically, the tar first; return the number of samples.
+class Written(NamedTuple):
+    """What `write_shard` wrote, measured before it was published."""
+
+    num_samples: int
+    num_bytes: int
+    """Size of the tar."""
+    sha256: str
+    """Hash of the tar."""
+    index_num_bytes: int
+    """Size of the index."""
+    index_sha256: str
+    """Hash of the index."""
+
+
+def write_shard(tar_path: Path, index_path: Path, samples: Iterable[Sample]) -> Written:
+    """Write a tar and its index, each atomically, the tar first.
 
     Equal samples give equal bytes: members go by key, then extension, with a fixed owner, mode
     and time. The samples are consumed one by one, so a generator keeps memory small.
@@ -42,14 +60,16 @@ def write_shard(tar_path: Path, index_path: Path, samples: Iterable[Sample]) -> 
     """
     rows: list[dict[str, Any]] = []
     last_key = ""
-    with published(tar_path) as partial, partial.open("wb") as file, _ustar(file) as tar:
-        for sample in samples:
-            assert sample.key > last_key, f"keys out of order: {last_key}, {sample.key}"
-            last_key = sample.key
-            rows.append({"key": sample.key, **_add(tar, sample), **sample.columns})
+    with published(tar_path) as partial:
+        with partial.open("wb") as file, _ustar(file) as tar:
+            for sample in samples:
+                assert sample.key > last_key, f"keys out of order: {last_key}, {sample.key}"
+                last_key = sample.key
+                rows.append({"key": sample.key, **_add(tar, sample), **sample.columns})
+        measured = partial.stat().st_size, file_sha256(partial)
     with published(index_path) as partial:
         pq.write_table(_table(rows), partial, compression="zstd")
-    return len(rows)
+        return Written(len(rows), *measured, partial.stat().st_size, file_sha256(partial))
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
@@ -75,12 +95,24 @@ def _add(tar: tarfile.TarFile, sample: Sample) -> dict[str, int]:
     return where
 
 
-def read_index(path: Path, *, repair: str = REPAIR) -> pa.Table:
-    """Read a shard's index: key, `offset.EXT` and `size.EXT` (int64, of the payload), and more."""
+def read_index(
+    path: Path, *, columns: Collection[str] | None = None, repair: str = REPAIR
+) -> pa.Table:
+    """Read a shard's index: key, `offset.EXT` and `size.EXT` (int64, of the payload), and more.
+
+    Args:
+        path: The parquet.
+        columns: Read only those of these columns that are there; None is all.
+        repair: What to do when it is damaged.
+    """
     try:
-        return pq.read_table(path)
+        content = read_bytes(path)
     except FileNotFoundError as error:
         raise BadInput(f"{path} is not there. {repair}") from error
+    try:
+        parquet = pq.ParquetFile(pa.BufferReader(content))
+        there = parquet.schema_arrow.names
+        return parquet.read([name for name in there if columns is None or name in columns])
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput(f"{path} is no readable parquet file ({error}). {repair}") from error
 
@@ -88,11 +120,18 @@ def read_index(path: Path, *, repair: str = REPAIR) -> pa.Table:
 def scan_tar(path: Path, *, repair: str = REPAIR) -> pa.Table:
     """Build the member part of an index from a tar's headers alone; payloads are not read.
 
+    A remote tar is fetched whole: one request rather than one for each header.
+
     Raises:
         BadInput: The tar is cut, or no plain USTAR archive.
     """
+    with Blob(path, whole=True, repair=repair) as blob:
+        return _scan(blob, repair)
+
+
+def _scan(blob: "Blob", repair: str) -> pa.Table:
     samples: dict[str, dict[str, Any]] = {}
-    for name, offset, num_bytes in _headers(path, repair):
+    for name, offset, num_bytes in _headers(blob, repair):
         key, _, extension = name.partition(".")
         row = samples.setdefault(key, {"key": key})
         row[f"offset.{extension}"] = offset
@@ -100,85 +139,86 @@ def scan_tar(path: Path, *, repair: str = REPAIR) -> pa.Table:
     return _table(list(samples.values()))
 
 
-def _headers(path: Path, repair: str) -> Iterable[tuple[str, int, int]]:
+def _headers(blob: "Blob", repair: str) -> Iterable[tuple[str, int, int]]:
     """Yield (name, payload offset, payload bytes) of every regular file in a USTAR archive."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} is not there. {repair}") from error
-    with file:
-        found_bytes = os.fstat(file.fileno()).st_size
-        at = 0
-        while True:
-            header = os.pread(file.fileno(), BLOCK_BYTES, at)
-            if len(header) < BLOCK_BYTES:
-                raise _cut(path, at + 2 * BLOCK_BYTES, found_bytes, repair)
-            if not header.strip(b"\0"):
-                return
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-            except (tarfile.HeaderError, UnicodeDecodeError) as error:
-                raise BadInput(f"{path}: byte {at} is no tar header ({error}). {repair}") from error
-            payload = at + BLOCK_BYTES
-            at = payload + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES
-            if found_bytes < at:
-                raise _cut(path, at, found_bytes, repair)
-            if info.isreg():
-                yield info.name, payload, info.size
+    at = 0
+    while True:
+        header = blob.read_at(at, BLOCK_BYTES)
+        if len(header) < BLOCK_BYTES:
+            raise _cut(blob, at + 2 * BLOCK_BYTES, repair)
+        if not header.strip(b"\0"):
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise BadInput(
+                f"{blob.path}: byte {at} is no tar header ({error}). {repair}"
+            ) from error
+        payload = at + BLOCK_BYTES
+        at = payload + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES
+        if blob.num_bytes < at:
+            raise _cut(blob, at, repair)
+        if info.isreg():
+            yield info.name, payload, info.size
 
 
-def _cut(path: Path, needed_bytes: int, found_bytes: int, repair: str) -> BadInput:
+def _cut(blob: "Blob", needed_bytes: int, repair: str) -> BadInput:
     return BadInput(
-        f"{path} is cut: expected at least {needed_bytes} bytes, found {found_bytes}. {repair}"
+        f"{blob.path} is cut: expected at least {needed_bytes} bytes, found {blob.num_bytes}. "
+        f"{repair}"
     )
 
 
-class Shard:
-    """A tar opened for reading by position; safe to read from several threads."""
+class Blob:
+    """A file opened for reading by position; safe to read from several threads."""
 
-    def __init__(self, tar_path: Path, index: pa.Table, *, repair: str = REPAIR) -> None:
-        """Open `tar_path`; `index` is what `read_index` or `scan_tar` gave."""
-        self.path = tar_path
-        self.keys: list[str] = index["key"].to_pylist() if index.num_rows else []
-        self._repair = repair
-        self._where = {
-            name.partition(".")[2]: (
-                index[name].to_pylist(),
-                index[f"size.{name.partition('.')[2]}"].to_pylist(),
-            )
-            for name in index.column_names
-            if name.startswith("offset.")
-        }
-        try:
-            self._file = tar_path.open("rb", buffering=0)
-        except FileNotFoundError as error:
-            raise BadInput(f"{tar_path} is not there. {repair}") from error
+    def __init__(self, path: Path, *, whole: bool = False, repair: str = REPAIR) -> None:
+        """Open `path`.
 
-    def read(self, row: int, extension: str) -> bytes:
-        """Read one member of the sample number `row`.
-
-        Raises:
-            BadInput: The tar ends before the member does.
-            KeyError: No sample of this shard has such a member.
+        Args:
+            path: Local or remote.
+            whole: Most of it will be read: fetch a remote file at once, to a nameless local one.
+                Otherwise every read is a request for a range.
+            repair: What to do if it is not there.
         """
-        offsets, sizes = self._where[extension]
-        if offsets[row] is None:
-            raise KeyError(f"{self.keys[row]}.{extension} is not in {self.path}")
-        content = read_at(self._file, offsets[row], sizes[row])
-        if len(content) < sizes[row]:
-            found_bytes = os.fstat(self._file.fileno()).st_size
-            raise _cut(self.path, offsets[row] + sizes[row], found_bytes, self._repair)
+        self.path = path
+        self._file: BinaryIO | None = None
+        try:
+            if is_local(path):
+                self._file = path.open("rb", buffering=0)
+            elif whole:
+                self._file = _fetch(path)
+            if self._file is None:
+                self.num_bytes = path.stat().st_size
+            else:
+                self.num_bytes = os.fstat(self._file.fileno()).st_size
+        except FileNotFoundError as error:
+            raise BadInput(f"{path} is not there. {repair}") from error
+
+    def read_at(self, offset: int, num_bytes: int) -> bytes:
+        """Read up to `num_bytes` at `offset`; short only at the end."""
+        if self._file is not None:
+            return _pread(self._file, offset, num_bytes)
+        end = min(offset + num_bytes, self.num_bytes)
+        if end <= offset:
+            return b""
+        fs, name = remote(self.path)
+        content: bytes = fs.cat_file(name, start=offset, end=end)
         return content
 
-    def extensions(self, row: int) -> list[str]:
-        """List the members that the sample number `row` has, sorted."""
-        return sorted(ext for ext, (offsets, _) in self._where.items() if offsets[row] is not None)
+    def sha256(self) -> str:
+        """Hash the content."""
+        digest, step = hashlib.sha256(), 1 << 20
+        for at in range(0, self.num_bytes, step):
+            digest.update(self.read_at(at, step))
+        return digest.hexdigest()
 
     def close(self) -> None:
-        """Close the tar."""
-        self._file.close()
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
-    def __enter__(self) -> "Shard":
+    def __enter__(self) -> "Blob":
         return self
 
     def __exit__(
@@ -190,8 +230,19 @@ class Shard:
         self.close()
 
 
-def read_at(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
-    """Read up to `num_bytes` at `offset` without moving the file; short only at its end."""
+def _fetch(path: Path) -> BinaryIO:
+    # Nameless: a kill leaves nothing behind.
+    copy = tempfile.TemporaryFile(dir=local_folder(path.parent), buffering=0)  # noqa: SIM115
+    try:
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, copy, 1 << 20)
+    except BaseException:
+        copy.close()
+        raise
+    return copy
+
+
+def _pread(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
     pieces: list[bytes] = []
     while num_bytes > 0:
         piece = os.pread(file.fileno(), num_bytes, offset)
@@ -201,3 +252,66 @@ def read_at(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
         offset += len(piece)
         num_bytes -= len(piece)
     return b"".join(pieces)
+
+
+class Shard:
+    """A tar opened for reading by position; safe to read from several threads."""
+
+    def __init__(
+        self, tar_path: Path, index: pa.Table, *, whole: bool = False, repair: str = REPAIR
+    ) -> None:
+        """Open `tar_path`; `index` is what `read_index` or `scan_tar` gave; `whole` as in Blob."""
+        self.path = tar_path
+        self.keys: list[str] = index["key"].to_pylist() if index.num_rows else []
+        self._repair = repair
+        self._where = {
+            name.partition(".")[2]: (
+                index[name].to_pylist(),
+                index[f"size.{name.partition('.')[2]}"].to_pylist(),
+            )
+            for name in index.column_names
+            if name.startswith("offset.")
+        }
+        self._blob = Blob(tar_path, whole=whole, repair=repair)
+
+    def read(self, row: int, extension: str) -> bytes:
+        """Read one member of the sample number `row`.
+
+        Raises:
+            BadInput: The tar ends before the member does.
+            KeyError: No sample of this shard has such a member.
+        """
+        offsets, sizes = self._where[extension]
+        if offsets[row] is None:
+            raise KeyError(f"{self.keys[row]}.{extension} is not in {self.path}")
+        content = self._blob.read_at(offsets[row], sizes[row])
+        if len(content) < sizes[row]:
+            raise _cut(self._blob, offsets[row] + sizes[row], self._repair)
+        return content
+
+    def scan(self) -> pa.Table:
+        """Do what `scan_tar` does."""
+        return _scan(self._blob, self._repair)
+
+    def sha256(self) -> str:
+        """Hash the tar."""
+        return self._blob.sha256()
+
+    def extensions(self, row: int) -> list[str]:
+        """List the members that the sample number `row` has, sorted."""
+        return sorted(ext for ext, (offsets, _) in self._where.items() if offsets[row] is not None)
+
+    def close(self) -> None:
+        """Close the tar."""
+        self._blob.close()
+
+    def __enter__(self) -> "Shard":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -5,7 +5,7 @@ Where the files lie is no part of it, so the same weights have the same name on 
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def identify(encoders: EncodersConfig) -> Identity:
         BadWorld: The model hub did not give them.
     """
     text = encoders.text
-    hashed = {
+    hashed: dict[str, Any] = {
         "autoencoder": {
             "kind": encoders.autoencoder.kind,
             "files": _hashes(locate(encoders.autoencoder.path), _WEIGHTS),
@@ -54,6 +54,8 @@ def identify(encoders: EncodersConfig) -> Identity:
         "crop": CROP_POLICY,
         "dtype": DTYPE,
     }
+    if encoders.buckets is not None:  # absent for squares, whose names stay what they were
+        hashed["buckets"] = asdict(encoders.buckets)
     canonical = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
     paths = {"autoencoder": encoders.autoencoder.path, "text": text.path}
     return Identity(

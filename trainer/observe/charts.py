@@ -1,4 +1,4 @@
-"""Draw line charts as SVG that takes its colours from the page, so that it suits dark and light."""
+"""Draw charts that take their colours from the page, so that they suit dark and light."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -76,6 +76,27 @@ def line_chart(
         svg,
         class_="chart wide" if width_px == WIDE_PX else "chart",
     )
+
+
+def bar_chart(title: str, bars: Sequence[tuple[str, float]]) -> Html:
+    """Draw one horizontal bar for each (name, number), in the order given.
+
+    Args:
+        title: Stands above.
+        bars: Numbers >= 0; the longest bar is the largest of them.
+    """
+    most = max((value for _, value in bars), default=0) or 1
+    rows = [
+        tag(
+            "tr",
+            tag("th", name, scope="row"),
+            tag("td", tag("i", style=f"width:{100 * value / most:.2f}%"), class_="track"),
+            tag("td", f"{value:,.0f}", class_="num"),
+        )
+        for name, value in bars
+    ]
+    chart = tag("table", tag("tbody", *rows), class_="bars")
+    return tag("figure", tag("figcaption", title), chart, class_="chart")
 
 
 def thin(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:

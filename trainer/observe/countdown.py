@@ -49,6 +49,12 @@ class Countdown:
         if not self._console.is_terminal and time.monotonic() - self._said_s > _LINE_EVERY_S:
             self._say()
 
+    def of(self, done: int, total: int) -> None:
+        """Take a new total of work, and how much of it is done."""
+        self._total = total
+        self._bar.update(self._task, total=total)
+        self.update(done)
+
     def advance(self, more: int) -> None:
         """Count `more` as done; any thread may."""
         with self._lock:

@@ -8,6 +8,10 @@ from pathlib import Path
 _MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
 
+# A page may show what is in it and ask for nothing; the browser enforces it.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
 class Html(str):
     """Text that is markup already."""
 
@@ -59,5 +63,37 @@ def picture(path: Path, *, alt: str) -> Html:
     media = _MEDIA.get(path.suffix.lower())
     if media is None or not path.is_file():
         return tag("span", f"{path.name} is missing", class_="missing")
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return image(path.read_bytes(), media=media, alt=alt)
+
+
+def image(content: bytes, *, media: str, alt: str) -> Html:
+    """Embed a picture's bytes."""
+    data = base64.b64encode(content).decode("ascii")
     return Html(f'<img src="data:{media};base64,{data}" alt="{escape(alt)}">')
+
+
+def page(title: str, *sections: Content, style: str) -> str:
+    """Make a whole page of one file that asks the network for nothing.
+
+    Args:
+        title: What the browser's tab says.
+        sections: What stands in `main`.
+        style: The style sheet.
+    """
+    head = tag(
+        "head",
+        Html('<meta charset="utf-8">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html('<link rel="icon" href="data:,">'),
+        tag("title", title),
+        tag("style", Html(style)),
+    )
+    html = tag("html", head, tag("body", tag("main", *sections)), lang="en")
+    return f"<!doctype html>\n{html}\n"
+
+
+def cards(facts: Iterable[tuple[str, str]]) -> Html:
+    """Show a few (name, value) pairs large."""
+    shown = [tag("div", tag("b", value), tag("span", name), class_="card") for name, value in facts]
+    return tag("div", *shown, class_="cards")

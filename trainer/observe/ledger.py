@@ -1,6 +1,7 @@
 """Account for every second and joule of an attempt in exactly one bucket of ledger.jsonl."""
 
 import logging
+import socket
 import threading
 import time
 from collections import defaultdict
@@ -12,8 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from trainer.errors import BadInput, BadWorld
 from trainer.observe.energy import Meter, Provenance, open_meters, read_by_provenance
 from trainer.observe.jsonl import JsonLines, read_rows
+from trainer.place import is_local, local_folder, put_bytes, storage_errors
 
 log = logging.getLogger(__name__)
 
@@ -247,22 +250,54 @@ def _killed_row(rows: Sequence[dict[str, Any]], *, before_unix_s: float) -> dict
 
 
 @contextmanager
-def accounted(folder: Path, *, stage: str, tdp_w_per_core: float) -> Iterator[None]:
-    """Count the seconds and joules of a command without steps into `folder/ledger.jsonl`.
+def accounted(
+    folder: Path, *, stage: str, tdp_w_per_core: float, part: int | None = None
+) -> Iterator[int]:
+    """Count the seconds and joules of a command without steps into the account of a dataset.
 
     Args:
         folder: A dataset.
         stage: prepare, encode, ...
         tdp_w_per_core: For the model where there is no energy counter.
+        part: Which task of an array this is; parts write files of their own, as ranks.
+
+    Yields:
+        The number of this attempt.
     """
     meters = open_meters(tdp_w_per_core=tdp_w_per_core)
-    ledger = Ledger(folder / "ledger.jsonl", stage=stage, meters=meters)
+    path = _account_path(folder, stage, part)
+    others = [] if is_local(folder) else read_account(folder)
+    following = 1 + max((row["attempt"] for row in others if row["stage"] == stage), default=-1)
+    ledger = Ledger(path, stage=stage, attempt=following, rank=part or 0, meters=meters)
     ledger.switch("productive")
     try:
-        yield
+        yield ledger.attempt
     finally:
         try:
             ledger.close()
-        except OSError as error:
+            if not is_local(folder):
+                with storage_errors(folder):
+                    put_bytes(folder / "ledger" / path.name, path.read_bytes())
+        except (OSError, BadInput, BadWorld) as error:
             # A full disk has its own message; the account must not hide it.
             log.warning("%s: this command is not in the account (%s)", folder, error)
+
+
+def _account_path(folder: Path, stage: str, part: int | None) -> Path:
+    """Where this machine writes; nothing can be appended to an object, so each has its own file.
+
+    It stays here after it was published: what a kill kept from being so is in the next one.
+    """
+    prefix = "" if part is None else f"{stage}-{part:04d}"
+    if is_local(folder):
+        return folder / (f"ledger/{prefix}.jsonl" if prefix else "ledger.jsonl")
+    own = local_folder(folder) / "ledger"
+    own.mkdir(exist_ok=True)
+    name = f"{prefix}{'-' if prefix else ''}{socket.gethostname()}"
+    return min(own.glob(f"{name}-*.jsonl"), default=own / f"{name}-{time.time_ns()}.jsonl")
+
+
+def read_account(dataset: Path) -> list[dict[str, Any]]:
+    """Read the rows of a dataset's ledger, or of its ledgers from several machines."""
+    paths = sorted(dataset.glob("ledger*.jsonl")) + sorted(dataset.glob("ledger/*.jsonl"))
+    return [row for path in paths for row in read_rows(path)]

@@ -9,7 +9,7 @@ import yaml
 
 from trainer.observe.accounts import Total, close_check, totals
 from trainer.observe.charts import WIDE_PX, Line, line_chart, smooth
-from trainer.observe.html import Html, join, picture, table, tag
+from trainer.observe.html import Html, cards, join, page, picture, table, tag
 from trainer.observe.ledger import Bucket
 from trainer.observe.report_numbers import (
     J_PER_KWH,
@@ -25,8 +25,6 @@ from trainer.observe.report_numbers import (
 from trainer.observe.report_style import STYLE
 from trainer.observe.story import DatasetFacts, Story
 
-# The page may show what is in it and ask for nothing; the browser enforces it.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _FIRST_PICTURES = 24
 _MEANING = {
     Bucket.QUEUE: "waiting for the scheduler",
@@ -56,17 +54,7 @@ def render(story: Story) -> str:
         _section("config", "Configuration", _config(story)),
         _section("lineage", "Lineage", _lineage(story)),
     ]
-    head = tag(
-        "head",
-        Html('<meta charset="utf-8">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Html('<link rel="icon" href="data:,">'),
-        tag("title", f"{story.name} - Kiln"),
-        tag("style", Html(STYLE)),
-    )
-    page = tag("html", head, tag("body", tag("main", *sections)), lang="en")
-    return f"<!doctype html>\n{page}\n"
+    return page(f"{story.name} - Kiln", *sections, style=STYLE)
 
 
 def _section(name: str, heading: str | None, body: Sequence[Html]) -> Html:
@@ -80,14 +68,10 @@ def _absent(what: str, command: str) -> list[Html]:
 
 
 def _summary(story: Story, numbers: Numbers) -> list[Html]:
-    cards = [
-        tag("div", tag("b", value), tag("span", label), class_="card")
-        for label, value in _cards(numbers)
-    ]
     return [
         tag("h1", story.name),
         tag("p", " ".join(_sentences(story, numbers)), class_="lead"),
-        tag("div", *cards, class_="cards"),
+        cards(_cards(numbers)),
     ]
 
 

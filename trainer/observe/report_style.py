@@ -1,4 +1,4 @@
-"""The style sheet of report.html: no fonts, pictures or scripts from anywhere."""
+"""The style sheet of all pages: no fonts, pictures or scripts from anywhere."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1c2024;
@@ -53,6 +53,17 @@ svg .grid { stroke: var(--rule); stroke-width: 1; }
 svg polyline { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
 svg polyline.faint { stroke: var(--faint); stroke-width: 1.2; }
 svg polyline.alt { stroke: var(--alt); }
+.bars { width: 100%; min-width: 0; }
+.bars th { text-align: left; font-weight: 400; width: 30%; overflow-wrap: anywhere; }
+.bars td, .bars th { border-bottom: 0; padding: .12rem .5rem .12rem 0; vertical-align: middle; }
+.track { width: 50%; }
+.track i { display: block; height: .8rem; min-width: 1px; border-radius: 3px;
+  background: var(--accent); }
+.cluster { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
+  padding: .2rem .8rem .8rem; margin: .9rem 0; }
+.cluster .pictures { gap: .6rem; }
+.cluster .pictures figure { border: 0; padding: 0; background: none; }
+.cluster .kept img { outline: 3px solid var(--good); outline-offset: 1px; }
 .bar { display: flex; height: 1.5rem; border-radius: 6px; overflow: hidden; margin: .35rem 0;
   background: var(--rule); }
 .bar i { display: block; min-width: 1px; }

@@ -10,6 +10,7 @@ import yaml
 
 from trainer.errors import BadInput
 from trainer.observe.jsonl import read_rows
+from trainer.observe.ledger import read_account
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def read_story(
             f"{run_dir} has no config.yaml, so it is no run directory. "
             "Give run= the folder that `kiln train` wrote."
         )
-    prepared = read_rows(dataset_dir / "ledger.jsonl") if dataset_dir else []
+    prepared = read_account(dataset_dir) if dataset_dir else []
     return Story(
         run_dir=run_dir,
         config=read_config(run_dir),

@@ -26,7 +26,7 @@ def samples_of(count, *, seed=0):
 @pytest.fixture
 def shard(tmp_path):
     paths = tmp_path / "shards" / "00000.tar", tmp_path / "index" / "00000.parquet"
-    assert write_shard(*paths, samples_of(7)) == 7
+    assert write_shard(*paths, samples_of(7)).num_samples == 7
     return paths
 
 

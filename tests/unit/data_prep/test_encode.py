@@ -1,18 +1,25 @@
 """Laws of `kiln encode`."""
 
 import hashlib
+import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_prep import encode
-from data_prep.config import EncodeConfig
+from data_prep import encode, verify
+from data_prep.config import EncodeConfig, VerifyConfig
+from data_prep.probe import probe
 from tests import tiny_encoders
 from tests.tiny_dataset import publish, sample, scenes_dataset
 from trainer.data.manifest import (
@@ -22,11 +29,12 @@ from trainer.data.manifest import (
     load_manifest,
     save_manifest,
 )
-from trainer.data.shards import Shard, read_index
-from trainer.data.sources import LatentSource, decode_square
+from trainer.data.shards import Sample, Shard, read_index
+from trainer.data.sources import LatentSource, cover, decode_square
 from trainer.errors import BadInput
 from trainer.frozen import compose, freeze, thaw
 from trainer.models.autoencoders import load_autoencoder
+from trainer.models.fingerprint import identify
 from trainer.models.text_encoders import load_text_encoder
 
 
@@ -48,7 +56,10 @@ def config(dataset, folders, **changes):
             f"encoders.text.path={t5}",
             "encoders.image_side_px=16",
             "batch_images=4",
+            "batch_tokens=32",
             "threads=1",
+            "decode_threads=1",
+            "probe_s=0",
         ],
     )
     return freeze(EncodeConfig, thaw(cfg) | changes)
@@ -283,3 +294,245 @@ def test_a_cut_source_tar_is_refused_before_anything_is_encoded(encoded, tmp_pat
     cut(cfg.dataset / "shards/00001.tar")
     with pytest.raises(BadInput, match="does not match the manifest"):
         encode.run(cfg)
+
+
+def results(dataset):
+    """Key -> members of the sidecars, whatever shard they are in."""
+    encoding, folder = only_encoding(dataset)
+    found = {}
+    for shard in encoding.shards:
+        found |= members(shard.tar(folder), shard.index(folder))
+    return found
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_neither_neighbours_nor_threads_change_a_bit(tmp_path, encoders, threads):
+    """The same samples in one shard, and in five, so that batches hold others."""
+    samples = [sample(i) for i in range(23)]
+    one = publish(tmp_path / "one", [samples])
+    encode.run(config(one, encoders))
+    dice = np.random.default_rng(threads)
+    parts = np.split(np.array(range(23)), sorted(dice.choice(22, 4, replace=False) + 1))
+    order = dice.permutation(23)
+    five = publish(tmp_path / "five", [[samples[order[i]] for i in part] for part in parts])
+    encode.run(config(five, encoders, threads=threads, decode_threads=3))
+    assert results(one) == results(five)
+
+
+def test_the_shipped_encoders_give_a_sample_the_same_bits_in_any_full_batch(tmp_path):
+    samples = [sample(i, side_px=64) for i in range(9)]
+    found = []
+    for name, order in (("a", range(9)), ("b", (4, 8, 0, 2, 6, 1, 7, 3, 5))):
+        shards = [[samples[i] for i in order[:5]], [samples[i] for i in order[5:]]]
+        dataset = publish(tmp_path / name, shards)
+        words = [f"dataset={dataset}", "batch_images=4", "threads=1", "probe_s=0"]
+        encode.run(compose(EncodeConfig, "encode", words))
+        found.append(results(dataset))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_interrupted_anywhere_and_resumed_it_is_the_same_byte_for_byte(
+    encoders, tmp_path, many_shards, seed
+):
+    """Any set of shards may be there already; the others are packed differently then."""
+    dice = np.random.default_rng(seed)
+    dataset = shutil.copytree(many_shards.dataset, tmp_path / "copy")
+    _, folder = only_encoding(dataset)
+    (folder / "encoding.json").unlink()
+    for number in dice.choice(7, 1 + dice.integers(6), replace=False):
+        (folder / f"units/{number:05d}.json").unlink()
+        (folder / f"{number:05d}.tar").unlink()
+    encode.run(config(dataset, encoders, threads=int(dice.integers(1, 4)), decode_threads=2))
+    assert content(dataset) == content(many_shards.dataset)
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory, encoders):
+    dataset = tmp_path_factory.mktemp("many") / "data"
+    cfg = config(scenes_dataset(dataset, num_shards=7, per_shard=5), encoders)
+    encode.run(cfg)
+    return cfg
+
+
+def test_killed_and_resumed_it_is_the_same_byte_for_byte(many_shards, tmp_path):
+    dataset = shutil.copytree(many_shards.dataset, tmp_path / "copy")
+    shutil.rmtree(dataset / "encodings")
+    cfg = replace(many_shards, dataset=dataset)
+    (fingerprint,) = (path.name for path in (many_shards.dataset / "encodings").iterdir())
+    code = (
+        "import sys; from data_prep import encode; from data_prep.config import EncodeConfig; "
+        "from trainer.frozen import freeze; import json; "
+        "encode.run(freeze(EncodeConfig, json.loads(sys.argv[1])))"
+    )
+    words = [sys.executable, "-c", code, json.dumps(thaw(cfg))]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        while not list(dataset.glob(f"encodings/{fingerprint}/*.tar")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    encode.run(cfg)
+    assert content(dataset) == content(many_shards.dataset)
+
+
+def test_parts_together_are_the_whole(many_shards, tmp_path, capsys):
+    dataset = shutil.copytree(many_shards.dataset, tmp_path / "copy")
+    shutil.rmtree(dataset / "encodings")
+    for part in (2, 0):
+        encode.run(replace(many_shards, dataset=dataset, parts=3, part=part))
+        assert list_encodings(dataset) == []
+    assert "5 of 7 shards" in capsys.readouterr().out
+    encode.run(replace(many_shards, dataset=dataset, parts=3, part=1))
+    assert content(dataset) == content(many_shards.dataset)
+
+
+def test_a_part_that_there_is_not_is_refused(many_shards):
+    with pytest.raises(BadInput, match="need 0 to parts - 1 = 2"):
+        freeze(EncodeConfig, thaw(many_shards) | {"parts": 3, "part": 3})
+
+
+def test_the_status_has_the_share_of_the_encoders(many_shards):
+    (path,) = (many_shards.dataset / "status").glob("encode-*.json")
+    status = json.loads(path.read_bytes())
+    assert status["images"] == 35
+    assert 0 < status["encoder_busy_frac"] <= 1
+    assert set(status["encoder_busy_s"]) == {"images", "captions"}
+
+
+BUCKETS = {"max_aspect": 2.0, "step_px": 4}
+
+
+def shaped(index, width, height):
+    """A sample of that size, whose original was ten times as large."""
+    file = BytesIO()
+    noise = np.random.default_rng(index).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(noise).save(file, "PNG")
+    about = {"original_width": 10 * width, "original_height": 10 * height} if index % 2 else {}
+    given = sample(index)
+    return Sample(
+        given.key,
+        {**given.members, "png": file.getvalue(), "json": json.dumps(about).encode()},
+    )
+
+
+@pytest.fixture(scope="module")
+def bucketed(tmp_path_factory, encoders):
+    """Pictures of many shapes, the configuration and the samples by key."""
+    dice = np.random.default_rng(0)
+    samples = [shaped(i, *dice.integers(8, 60, 2).tolist()) for i in range(40)]
+    dataset = tmp_path_factory.mktemp("bucketed") / "data"
+    publish(dataset, [samples[:13], samples[13:20], samples[20:]])
+    cfg = config(dataset, encoders)
+    cfg = config(dataset, encoders, encoders=thaw(cfg)["encoders"] | {"buckets": BUCKETS})
+    encode.run(cfg)
+    return cfg, {s.key: s for s in samples}
+
+
+def test_each_picture_is_encoded_at_its_bucket(bucketed):
+    cfg, samples = bucketed
+    encoding, folder = only_encoding(cfg.dataset)
+    autoencoder = load_autoencoder(cfg.encoders.autoencoder)
+    num_seen = 0
+    for entry in encoding.shards:
+        index = read_index(entry.index(folder))
+        found = members(entry.tar(folder), entry.index(folder))
+        for row in index.to_pylist():
+            width, height = map(int, row["bucket"].split("x"))
+            given = samples[row["key"]].members
+            with Image.open(BytesIO(given["png"])) as picture:
+                original = json.loads(given["json"]) or {
+                    "original_width": picture.width,
+                    "original_height": picture.height,
+                }
+                covered = cover(np.asarray(picture)[..., ::-1], width, height)
+            assert original.items() <= row.items()
+            assert (row["crop_top"], row["crop_left"]) == (covered.top, covered.left)
+            tensor = torch.from_numpy(covered.rgb_HWC.copy()).permute(2, 0, 1)[None]
+            wanted = torch.cat(autoencoder.moments(tensor.float() / 127.5 - 1))
+            latent = npy(found[row["key"]]["latent.npy"])
+            assert latent.shape[2:] == (row["latent_rows"], row["latent_columns"])
+            assert latent.shape[2:] == (height // 2, width // 2)
+            np.testing.assert_allclose(latent, wanted, rtol=2e-3, atol=2e-3)
+            num_seen += 1
+    assert num_seen == len(samples)
+
+
+def test_buckets_are_counted_and_named(bucketed):
+    encoding, folder = only_encoding(bucketed[0].dataset)
+    counts = encoding.facts["pictures_by_bucket"]
+    assert len(counts) > 2
+    assert sum(counts.values()) == 40
+    seen = [
+        name
+        for entry in encoding.shards
+        for name in read_index(entry.index(folder))["bucket"].to_pylist()
+    ]
+    assert counts == {name: seen.count(name) for name in set(seen)}
+    assert encoding.facts["buckets"] == BUCKETS
+    assert encoding.facts["latent_shape"] == [4, 8, 8]
+
+
+def test_buckets_do_not_depend_on_where_a_run_was_interrupted(bucketed, tmp_path):
+    cfg, _ = bucketed
+    dataset = shutil.copytree(cfg.dataset, tmp_path / "copy")
+    _, folder = only_encoding(dataset)
+    (folder / "00001.tar").unlink()
+    encode.run(replace(cfg, dataset=dataset, threads=2))
+    assert content(dataset) == content(cfg.dataset)
+
+
+def test_a_bucketed_encoding_verifies(bucketed):
+    assert verify.run(VerifyConfig(dataset=bucketed[0].dataset)) == 0
+
+
+def test_training_refuses_buckets(bucketed):
+    dataset = bucketed[0].dataset
+    with pytest.raises(BadInput, match=r"encoders\.buckets=null"):
+        LatentSource(dataset, only_encoding(dataset)[0])
+
+
+def test_buckets_have_a_name_of_their_own(bucketed):
+    given = bucketed[0].encoders
+    square = replace(given, buckets=None)
+    wider = replace(given, buckets=replace(given.buckets, max_aspect=3.0))
+    assert len({identify(each).fingerprint for each in (given, square, wider)}) == 3
+    assert "buckets" not in identify(square).facts
+
+
+def test_a_step_that_does_not_fit_the_autoencoder_is_refused(bucketed):
+    cfg, _ = bucketed
+    odd = replace(cfg.encoders, image_side_px=15, buckets=replace(cfg.encoders.buckets, step_px=3))
+    with pytest.raises(BadInput, match="Try 4"):
+        encode.run(replace(cfg, encoders=odd))
+
+
+def test_a_dry_run_measures_and_leaves_everything_as_it_is(encoded, tmp_path, capsys):
+    cfg = copy_of(encoded, tmp_path)
+    shutil.rmtree(cfg.dataset / "encodings")
+    assert encode.run(replace(cfg, dry_run=True, probe_s=0.1)) == 0
+    out = capsys.readouterr().out
+    assert "still to encode, 12 images" in out
+    assert "from the second epoch on" in " ".join(out.split())
+    assert not (cfg.dataset / "encodings").exists()
+
+
+def test_the_probe_foretells_the_bytes(encoded, encoders, tmp_path):
+    dataset = scenes_dataset(tmp_path / "data", num_shards=1, per_shard=60)
+    cfg = config(dataset, encoders)
+    entry = load_manifest(dataset).shards[0]
+    found = probe(dataset, entry, encode.load_encoders(cfg), side_px=16, probe_s=0.1)
+    encode.run(cfg)
+    encoding, folder = only_encoding(dataset)
+    end_bytes = 10_240  # a tar is filled up to a multiple of this
+    num_bytes = encoding.shards[0].tar(folder).stat().st_size
+    assert 0 < num_bytes - 60 * found.sample_bytes <= end_bytes
+    assert found.images_per_s > 0
+    assert found.sample_s > 1 / found.images_per_s
+
+
+def test_a_sample_without_a_picture_is_named(tmp_path, encoders):
+    bare = sample(0)
+    bare = bare._replace(members={"txt": b"a circle", "json": b"{}"})
+    dataset = publish(tmp_path / "data", [[bare]])
+    with pytest.raises(BadInput, match=f"00000.tar: {bare.key} has json, txt; need one of jpg"):
+        encode.run(config(dataset, encoders))

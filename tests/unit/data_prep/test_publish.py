@@ -5,10 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import cv2
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
+from data_prep.config import CaptionsConfig
+from data_prep.perceptual import phash
 from data_prep.plan import read_rows
 from data_prep.publish import Systemic, is_done, publish_unit, read_record, sift, systemic
 from data_prep.quarantine import Rejected, read_quarantine, write_quarantine
@@ -25,6 +30,8 @@ from tests.tiny_source import (
 )
 from trainer.data.shards import Shard, read_index
 from trainer.errors import BadInput
+
+CAPTIONS = CaptionsConfig(unescape_html=True, drop_urls=True, max_chars=4000)
 
 
 def row(url, caption="a caption"):
@@ -72,6 +79,23 @@ def test_every_fault_lands_in_its_reason_and_every_row_counts_once(whole):
     assert record.rejected == dict(sorted(expected_reasons().items()))
     assert record.rows_kept + sum(record.rejected.values()) == record.rows_in
     assert counted == {True: record.rows_kept, False: sum(record.rejected.values())}
+
+
+def test_the_index_has_the_perceptual_hash_and_the_host(whole):
+    cfg, _, record, _ = whole
+    index = read_index(record.shard.index(cfg.dataset))
+    assert index.schema.field("phash").type == pa.uint64()
+    assert set(index["host"].to_pylist()) == {"127.0.0.1"}
+    with Shard(record.shard.tar(cfg.dataset), index) as shard:
+        distances = []
+        for number, value in enumerate(index["phash"].to_pylist()):
+            assert json.loads(shard.read(number, "json"))["phash"] == f"{value:016x}"
+            body = np.frombuffer(shard.read(number, "jpg"), np.uint8)
+            stored = phash(cv2.imdecode(body, cv2.IMREAD_COLOR_RGB))
+            distances.append((stored ^ value).bit_count())
+        # The hash is of the pixels before their compression, so a few bits may differ.
+        assert np.median(distances) <= 3
+    assert max(index["phash"].to_pylist()) >= 2**63
 
 
 def test_redirected_rows_are_kept(whole):
@@ -143,7 +167,7 @@ def test_a_unit_is_done_until_its_rows_rules_or_files_change(whole):
 
 
 def test_rows_that_need_no_fetch_are_sifted_with_the_reason():
-    rejected, candidates = sift([row("http://[bad/1"), row("http://a/3")])
+    rejected, candidates = sift([row("http://[bad/1"), row("http://a/3")], CAPTIONS)
     assert [r.url for r in candidates] == ["http://a/3"]
     assert [(r.stage, r.reason) for r in rejected] == [("source", "scheme_refused")]
 
@@ -205,7 +229,7 @@ def test_extra_columns_and_odd_characters_survive(served, tmp_path):
 
 def test_quarantine_lines_are_read_back_and_damage_is_named(tmp_path):
     path = tmp_path / "00000.jsonl"
-    rejected, _ = sift([row("http://[bad/"), row("file:///x")])
+    rejected, _ = sift([row("http://[bad/"), row("file:///x")], CAPTIONS)
     write_quarantine(path, rejected)
     assert list(read_quarantine(path)) == rejected
     path.write_text(path.read_text() + '{"key": 1}\n')

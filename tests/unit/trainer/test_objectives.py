@@ -1,4 +1,5 @@
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,6 +62,15 @@ def test_dropped_captions_become_the_empty_one_with_its_own_length(source, dropo
     assert dropped_B.float().mean() == pytest.approx(share, abs=0.05)
     assert (mask_BL[dropped_B].sum(1) == 2).all()
     assert (text_BLD[dropped_B, 2:] == 0).all()
+
+
+def test_a_weight_multiplies_the_loss_of_its_sample_alone(source):
+    batch = source.load(np.arange(8), np.zeros(8, np.int64))
+    assert batch.weights_B is None
+    plain = objective(0.0)(Recorder(), batch)
+    weights_B = torch.linspace(0.1, 1, 8)
+    weighted = objective(0.0)(Recorder(), replace(batch, weights_B=weights_B))
+    assert torch.equal(weighted, weights_B * plain)
 
 
 def test_crops_lie_inside_and_reach_every_corner():

@@ -1,0 +1,193 @@
+import re
+import shutil
+from collections import Counter
+from contextlib import closing
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.config import VerifyConfig
+from data_prep.config_curate import DedupConfig
+from data_prep.dedup import run
+from data_prep.verify import run as verify
+from tests.curated_dataset import dataset_of, sample
+from tests.tiny_source import tree_hashes
+from trainer.data.manifest import load_manifest
+from trainer.data.shards import read_index
+from trainer.data.sources import PictureSource
+from trainer.data.tombstones import read_cluster_weights, read_tombstones
+from trainer.errors import BadInput
+from trainer.frozen import compose
+
+
+def config(dataset, *words):
+    return compose(DedupConfig, "dedup", [f"dataset={dataset}", "processes=1", *words])
+
+
+def shards():
+    """Six different pictures; 1 is there three times, 2 twice byte by byte, two are flat."""
+    return (
+        [sample(1), sample(2, "two"), sample(3), sample(10, flat=True)],
+        [sample(1, quality=60), sample(2, "two, with a longer caption"), sample(4)],
+        [sample(1, side_px=128), sample(5), sample(6), sample(20, flat=True)],
+    )
+
+
+def key(*args, **options):
+    return int(sample(*args, **options).key, 16)
+
+
+DOOMED = {key(1), key(1, quality=60), key(2, "two")}
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return dataset_of(tmp_path / "d", *shards())
+
+
+def live_keys(dataset):
+    manifest = load_manifest(dataset)
+    with closing(PictureSource(dataset, manifest, side_px=16)) as source:
+        batch = source.load(np.arange(source.num_samples), np.zeros(source.num_samples, np.int64))
+    return Counter(batch.ids_B.numpy().view(np.uint64).tolist()), batch.weights_B
+
+
+def all_keys(dataset):
+    tables = [read_index(path) for path in sorted(dataset.glob("index/*.parquet"))]
+    return {int(name, 16) for table in tables for name in table["key"].to_pylist()}
+
+
+def test_of_each_cluster_the_largest_with_the_longest_caption_stays(dataset, capsys):
+    before, tars = load_manifest(dataset), tree_hashes(dataset / "shards")
+    assert run(config(dataset)) == 0
+    assert "2 clusters with 1 exact and 2 near-duplicates; 2 flat" in capsys.readouterr().out
+
+    tombstones = read_tombstones(dataset)
+    assert set(tombstones["key"].to_pylist()) == DOOMED
+    assert tombstones["key"].to_pylist() == sorted(DOOMED)
+    why = dict(zip(tombstones["key"].to_pylist(), tombstones["why"].to_pylist(), strict=True))
+    stays = sample(2, "two, with a longer caption").key
+    assert why[key(2, "two")] == f"exact_duplicate of {stays}"
+    assert why[key(1)] == f"near_duplicate of {sample(1, side_px=128).key}"
+    assert tombstones["url"].null_count == len(tombstones)
+
+    after = load_manifest(dataset)
+    assert after.fingerprint != before.fingerprint
+    assert after.shards == before.shards
+    assert tree_hashes(dataset / "shards") == tars
+    assert (after.rows_kept, after.rows_removed, after.rows_live) == (11, 3, 8)
+    counts, weights = live_keys(dataset)
+    assert counts == Counter(all_keys(dataset) - DOOMED)
+    assert weights is None
+    assert verify(VerifyConfig(dataset=dataset)) == 0
+
+
+@pytest.mark.parametrize("outcome", ["remove", "weight"])
+def test_a_second_time_there_is_nothing_to_do(dataset, capsys, outcome):
+    assert run(config(dataset, f"outcome={outcome}")) == 0
+    once = tree_hashes(dataset)
+    capsys.readouterr()
+    assert run(config(dataset, f"outcome={outcome}")) == 0
+    assert "Nothing to do; the fingerprint stays" in capsys.readouterr().out
+    assert tree_hashes(dataset) == once
+
+
+def test_the_order_of_the_shards_and_the_threads_change_nothing(dataset, tmp_path):
+    assert run(config(dataset)) == 0
+    turned = dataset_of(tmp_path / "turned" / "d", *shards()[::-1])
+    assert run(config(turned, "processes=2")) == 0
+    assert read_tombstones(turned).equals(read_tombstones(dataset))
+    assert (turned / "dedup.html").read_bytes() == (dataset / "dedup.html").read_bytes()
+
+
+def test_the_weights_of_a_cluster_sum_to_one(dataset):
+    before = load_manifest(dataset)
+    assert run(config(dataset, "outcome=weight")) == 0
+    table = read_cluster_weights(dataset)
+    weights = dict(zip(table["key"].to_pylist(), table["weight"].to_pylist(), strict=True))
+    ones = [key(1), key(1, quality=60), key(1, side_px=128)]
+    twos = [key(2, "two"), key(2, "two, with a longer caption")]
+    assert set(weights) == {*ones, *twos}
+    for cluster in (ones, twos):
+        assert sum(weights[name] for name in cluster) == pytest.approx(1)
+        assert len({weights[name] for name in cluster}) == 1
+
+    after = load_manifest(dataset)
+    assert (after.rows_removed, after.rows_weighted) == (0, 5)
+    assert after.fingerprint != before.fingerprint
+    counts, weights_B = live_keys(dataset)
+    assert counts == Counter(all_keys(dataset))
+    assert weights_B.sum() == pytest.approx(11 - 5 + 2)
+    assert verify(VerifyConfig(dataset=dataset)) == 0
+
+    # A removal instead of the weights: none of them is left.
+    assert run(config(dataset)) == 0
+    assert load_manifest(dataset).rows_weighted == 0
+    assert not (dataset / "weights.parquet").exists()
+    assert verify(VerifyConfig(dataset=dataset)) == 0
+
+
+def test_what_another_dataset_has_goes_and_the_other_stays_as_it_is(dataset, tmp_path):
+    other = dataset_of(tmp_path / "other", [sample(3, quality=50), sample(7)], [sample(5, "five")])
+    untouched = tree_hashes(other)
+    assert run(config(dataset, f"against=[{other}]")) == 0
+    assert set(read_tombstones(dataset)["key"].to_pylist()) == {*DOOMED, key(3), key(5)}
+    name = load_manifest(other).fingerprint[:12]
+    whys = read_tombstones(dataset)["why"].to_pylist()
+    assert f"near_duplicate of {sample(3, quality=50).key} in dataset {name}" in whys
+    assert f"exact_duplicate of {sample(5, 'five').key} in dataset {name}" in whys
+    assert tree_hashes(other) == untouched
+
+
+def test_a_dataset_against_itself_and_weights_against_others_are_refused(dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    with pytest.raises(BadInput, match=r"has the same shards as .*Leave it out"):
+        run(config(dataset, f"against=[{copy}]"))
+    with pytest.raises(BadInput, match=r"outcome=weight .* against"):
+        config(dataset, f"against=[{copy}]", "outcome=weight")
+
+
+def test_the_oldest_stays_if_that_is_asked_for(dataset):
+    assert run(config(dataset, "keep=oldest")) == 0
+    dead = set(read_tombstones(dataset)["key"].to_pylist())
+    assert key(1) not in dead
+    assert key(1, side_px=128) in dead
+
+
+def test_at_distance_zero_only_equal_hashes_are_duplicates(dataset):
+    index = [read_index(path) for path in sorted(dataset.glob("index/*.parquet"))]
+    hashes = Counter(value for table in index for value in table["phash"].to_pylist())
+    assert run(config(dataset, "max_distance=0")) == 0
+    dead = read_tombstones(dataset, ["key"])
+    # The two flat pictures may have equal hashes.
+    assert len(dead) == sum(count - 1 for value, count in hashes.items() if value.bit_count() > 8)
+
+
+def test_a_dry_run_writes_the_page_and_nothing_else(dataset):
+    before = tree_hashes(dataset)
+    assert run(config(dataset, "dry_run=true")) == 0
+    after = tree_hashes(dataset)
+    assert after.pop("dedup.html")
+    assert after == before
+
+
+def test_the_page_shows_the_clusters_and_escapes_what_captions_say(tmp_path):
+    script = "<script>alert('x')</script>&amp;"
+    dataset = dataset_of(tmp_path / "d", [sample(1, script), sample(1), sample(2)])
+    assert run(config(dataset)) == 0
+    html = (dataset / "dedup.html").read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;alert" in html
+    assert html.count('src="data:image/jpeg;base64,') == 2
+    assert "default-src 'none'" in html
+    assert sample(1, script).key in html
+    assert sample(2).key not in html
+    assert not re.search(r"(?:src|href)=\"(?!data:)", html)
+
+
+def test_a_dataset_without_hashes_is_refused(dataset):
+    path = dataset / "index" / "00000.parquet"
+    pq.write_table(read_index(path).drop_columns("phash"), path)
+    with pytest.raises(BadInput, match="has no column phash: the dataset was made by an older"):
+        run(config(dataset))
