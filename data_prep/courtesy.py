@@ -131,8 +131,9 @@ class Turn:
         self._state, self._started_s = state, started_s
 
     def answered(self, status: int, retry_after: str | None) -> None:
-        """Take note of an answer; 429 and 503 make all threads wait for this host.
+        """Take note of an answer; 429, and 503 with Retry-After, make all threads wait for a host.
 
+        A 503 that asks for nothing may be of one path alone, so the others need not wait.
         They wait as long as the host says. If it does not say, or says the same again and again,
         each wait is twice the one before, so that a host that never recovers costs few requests.
 
@@ -144,7 +145,7 @@ class Turn:
         with state.lock:
             if self._started_s < state.paused_at_s:
                 return  # it was under way when the host asked to wait
-            if status not in {429, 503}:
+            if status != 429 and not (status == 503 and retry_after):
                 state.num_pauses = 0
                 return
             now_s = time.monotonic()

@@ -104,19 +104,28 @@ def test_waits_double_until_a_host_recovers_and_late_answers_change_nothing():
     waits = []
     state = guest._hosts["h"]
     for _ in range(4):
-        visit(guest, status=503)
-        turn.answered(503, None)
+        visit(guest, status=429)
+        turn.answered(429, None)
         turn.answered(200, None)
         with pytest.raises(HostWaits) as caught:
             visit(guest)
-        assert caught.value.status == 503
+        assert caught.value.status == 429
         waits.append(round(state.paused_until_s - state.paused_at_s))
         state.paused_until_s = 0.0  # the wait is over
     assert waits == [1, 2, 4, 8]
     visit(guest)
-    visit(guest, status=503)
+    visit(guest, status=429)
     assert round(state.paused_until_s - state.paused_at_s) == 1
     late.__exit__(None, None, None)
+
+
+def test_a_503_that_asks_for_no_wait_stops_no_other_row():
+    guest = courtesy(max_wait_s=0)
+    visit(guest, status=503)
+    assert visit(guest)
+    visit(guest, status=503, retry_after="9")
+    with pytest.raises(HostWaits):
+        visit(guest)
 
 
 def test_hosts_are_forgotten_in_bounded_memory_but_not_while_they_are_visited():
