@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from trainer.frozen import config
+from trainer.place import Place
 
 
 @config
 class RemoveConfig:
     """`kiln remove`."""
 
-    dataset: Path
+    dataset: Place
     """A published dataset; its tars stay as they are."""
     keys: tuple[str, ...]
     """Samples by key, 16 hex digits each."""
@@ -34,9 +35,9 @@ class RemoveConfig:
 class DedupConfig:
     """`kiln dedup`."""
 
-    dataset: Path
+    dataset: Place
     """A published dataset; its tars stay as they are."""
-    against: tuple[Path, ...]
+    against: tuple[Place, ...]
     """Other published datasets: what is in one of them is a duplicate here. They do not change."""
     max_distance: Annotated[int, Field(ge=0, le=12)]
     """Pictures whose 64-bit perceptual hashes differ in at most so many bits are near-duplicates.
@@ -70,7 +71,7 @@ class DedupConfig:
 class StatsConfig:
     """`kiln stats`."""
 
-    dataset: Path
+    dataset: Place
     """A published dataset; only its indexes and records are read, no tar."""
     top: PositiveInt
     """How many hosts, top-level domains and languages are listed."""

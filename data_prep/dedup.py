@@ -38,6 +38,7 @@ from trainer.data.tombstones import (
 )
 from trainer.errors import BadInput
 from trainer.observe.countdown import Countdown
+from trainer.place import storage
 
 _COLUMNS = (
     "key",
@@ -81,7 +82,7 @@ class Dataset:
 
 def run(cfg: DedupConfig) -> int:
     """Find duplicates, remove or weigh them, and write the page that shows them."""
-    with locked(cfg.dataset):
+    with storage(cfg.dataset), locked(cfg.dataset):
         datasets = _open(cfg)
         scratch = Path(tempfile.mkdtemp(prefix="kiln-dedup-", dir=cfg.scratch))
         threads = cfg.processes or len(os.sched_getaffinity(0))

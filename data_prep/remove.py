@@ -33,6 +33,8 @@ from trainer.data.tombstones import (
 )
 from trainer.errors import BadInput
 from trainer.observe.countdown import Countdown
+from trainer.place import remove as remove_file
+from trainer.place import storage
 
 _KINDS = {"key": re.compile(r"[0-9a-f]{16}"), "sha256": re.compile(r"[0-9a-f]{64}")}
 _MOST_PRINTED = 50
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 def run(cfg: RemoveConfig) -> int:
     """Remove what is there of what was asked, print the proof; 1 if something was not found."""
     asked = read_asked(cfg)
-    with locked(cfg.dataset):
+    with storage(cfg.dataset), locked(cfg.dataset):
         before = load_manifest(cfg.dataset)
         search = Search(cfg.dataset, before, asked)
         samples = search.results()
@@ -271,7 +273,7 @@ def _remove(cfg: RemoveConfig, before: Manifest, samples: Sequence[Removed]) -> 
     ):
         return before
     # It shows pictures; `kiln dedup dry_run=true` makes it anew, without what is gone.
-    (cfg.dataset / PAGE).unlink(missing_ok=True)
+    remove_file(cfg.dataset / PAGE)
     with Countdown("weighing", before.rows_kept) as progress:
         after = weigh(cfg.dataset, before, on_shard=progress.advance)
         progress.finish()

@@ -28,6 +28,7 @@ from trainer.data.shards import read_index
 from trainer.data.tombstones import read_row_weights
 from trainer.observe.charts import bar_chart
 from trainer.observe.countdown import Countdown
+from trainer.place import storage
 from trainer.observe.html import Html, cards, page, tag
 from trainer.observe.html import table as html_table
 from trainer.observe.report_style import STYLE
@@ -85,6 +86,11 @@ def main(argv: Sequence[str]) -> int:
 
 def run(cfg: StatsConfig) -> int:
     """Count, print, and write the page and the numbers behind it."""
+    with storage(cfg.dataset):
+        return _run(cfg)
+
+
+def _run(cfg: StatsConfig) -> int:
     manifest = load_manifest(cfg.dataset)
     with Countdown("reading indexes", manifest.rows_kept) as progress:
         stats = count(cfg, manifest, on_rows=progress.advance)

@@ -1,4 +1,4 @@
-"""Ten thousand real LAION rows go the whole way, on disk and on S3, through kills, all accounted."""
+"""Ten thousand real LAION rows go the whole way, on disk and on S3, through kills."""
 
 import json
 import os

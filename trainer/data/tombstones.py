@@ -20,6 +20,7 @@ from trainer.data.manifest import Manifest, RowWeights, ShardEntry, save_manifes
 from trainer.data.publish import file_sha256, publish_bytes, published
 from trainer.data.shards import read_index
 from trainer.errors import BadInput
+from trainer.place import remove
 
 TOMBSTONES = "tombstones.parquet"
 CLUSTER_WEIGHTS = "weights.parquet"
@@ -93,7 +94,7 @@ def save_cluster_weights(dataset: Path, weights: pa.Table) -> None:
     if len(weights):
         _write(path, weights.cast(WEIGHT_SCHEMA).sort_by("key"))
     else:
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def weigh(
@@ -121,7 +122,7 @@ def weigh(
             if (row_weights < 1).any():
                 found[shard.number] = _save_row_weights(path, row_weights)
         if shard.number not in found:
-            path.unlink(missing_ok=True)
+            remove(path)
         on_shard(shard.count)
     return replace(
         manifest,
