@@ -28,10 +28,10 @@ from trainer.data.shards import read_index
 from trainer.data.tombstones import read_row_weights
 from trainer.observe.charts import bar_chart
 from trainer.observe.countdown import Countdown
-from trainer.place import storage
 from trainer.observe.html import Html, cards, page, tag
 from trainer.observe.html import table as html_table
 from trainer.observe.report_style import STYLE
+from trainer.place import storage
 
 PAGE = "stats.html"
 _INF = float("inf")

@@ -145,7 +145,8 @@ class S3Server:
         return {
             name: hashlib.sha256(content).hexdigest()
             for name, content in self.tree(url).items()
-            if name.split("/")[0] not in {"ledger", "status"} and name != "plan/sources.json"
+            if name.split("/")[0] not in {"ledger", "observe", "status"}
+            and name != "plan/sources.json"
         }
 
     def close(self):
