@@ -1,5 +1,7 @@
 """Publish units through img2dataset's distributors for Ray and Spark clusters."""
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -105,6 +107,8 @@ def _distribute(
 ) -> None:
     from img2dataset import distributor  # noqa: PLC0415 - imports Ray where it is installed
 
+    # Spark would start any `python3`, which may be one without Kiln.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # noqa: TID251
     distribute = getattr(distributor, f"{kind}_distributor")
     distribute(num_processes, worker, iter(units), _UNITS_PER_SPARK_JOB, 0)
 

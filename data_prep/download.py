@@ -129,7 +129,6 @@ def fetch(
     Raises:
         OSError: The intermediate files could not be written, e.g. because the disk is full.
     """
-    guard.install(cfg.download, num_processes=cfg.num_processes * cfg.parts)
     todo = folder / "rows.arrow"
     table = pa.table({"url": list(urls)})
     with pa.OSFile(str(todo), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -154,7 +153,8 @@ def fetch(
         user_agent_token=None,
         disallowed_header_directives=None,
     )
-    with _Muted() as said:
+    num_processes = cfg.num_processes * cfg.parts
+    with guard.installed(cfg.download, num_processes=num_processes), _Muted() as said:
         succeeded, _ = downloader((0, str(todo)))
     if spool.error is not None:
         raise spool.error

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import urllib.response
+from collections.abc import Iterator
 from email.message import Message
 from urllib.parse import quote, urljoin
 
@@ -42,11 +43,12 @@ _PASSING_ERRNOS = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, socket
 _CLIENT_ERROR, _SERVER_ERROR = 400, 500
 _NOT_OURS = {Reason.ADDRESS_REFUSED, Reason.SCHEME_REFUSED, Reason.TOO_MANY_REDIRECTS}
 
-_installed: "tuple[DownloadConfig, int, GuardedOpener] | None" = None
+_last: "tuple[DownloadConfig, int, GuardedOpener] | None" = None
 
 
-def install(cfg: DownloadConfig, *, num_processes: int = 1) -> None:
-    """Make `urllib.request.urlopen` obey `cfg` in this process, for all threads.
+@contextlib.contextmanager
+def installed(cfg: DownloadConfig, *, num_processes: int = 1) -> Iterator[None]:
+    """Make `urllib.request.urlopen` obey `cfg` inside, in all threads of this process.
 
     What is known of hosts is kept from one unit to the next.
 
@@ -55,12 +57,16 @@ def install(cfg: DownloadConfig, *, num_processes: int = 1) -> None:
         num_processes: How many processes download at the same time, all machines together; they
             share what a host may be burdened with.
     """
-    global _installed  # noqa: PLW0603 - as urllib's opener is one for the whole process
-    if _installed is None or _installed[:2] != (cfg, num_processes):
-        if _installed is not None:
-            _installed[2].close()
-        _installed = cfg, num_processes, GuardedOpener(cfg, num_processes=num_processes)
-    urllib.request.install_opener(_installed[2])
+    global _last  # noqa: PLW0603 - as urllib's opener is one for the whole process
+    if _last is None or _last[:2] != (cfg, num_processes):
+        if _last is not None:
+            _last[2].close()
+        _last = cfg, num_processes, GuardedOpener(cfg, num_processes=num_processes)
+    urllib.request.install_opener(_last[2])
+    try:
+        yield
+    finally:
+        urllib.request.install_opener(None)  # type: ignore[arg-type]
 
 
 def scheme_problem(url: str) -> str | None:

@@ -54,9 +54,10 @@ def encoded(tmp_path_factory) -> Path:
             "shard_rows=20",
             "download.allow_hosts=[127.0.0.1]",
             "download.timeout_s=3",
+            "wandb=off",
         )
     finally:
         server.terminate()
         server.wait()
-    kiln("encode", f"dataset={root}/dataset")
+    kiln("encode", f"dataset={root}/dataset", "wandb=off")
     return root / "dataset"

@@ -13,6 +13,7 @@ import pytest
 
 from tests.laion_source import make_laion_source, needs_laion, serving_laion
 from tests.s3_server import BUCKET, S3Server, needs_s3
+from tests.tiny_encoders import save_kl, save_t5
 from tests.tiny_source import tree_hashes
 from trainer.data.manifest import load_manifest
 
@@ -29,12 +30,17 @@ PREPARE = (
     "threads=8",
     "wandb=off",
 )
-AFTERWARDS = (  # what a data engineer does with a published dataset
-    ("dedup",),
-    ("encode", "encoders.image_side_px=32", "wandb=off", "probe_s=0"),
-    ("verify",),
-    ("stats",),
-)
+ENCODE = ("encoders.image_side_px=32", "probe_s=0", "wandb=off")
+
+
+def go_on(dataset, encoders, **env):
+    """Do what a data engineer does with a published dataset."""
+    kl, t5 = encoders
+    encode = ("text=t5_base", f"encoders.autoencoder.path={kl}", f"encoders.text.path={t5}")
+    finish(kiln("dedup", f"dataset={dataset}", **env))
+    finish(kiln("encode", f"dataset={dataset}", *encode, *ENCODE, **env))
+    finish(kiln("verify", f"dataset={dataset}", **env))
+    finish(kiln("stats", f"dataset={dataset}", **env))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +111,7 @@ def test_ten_kills_leave_the_same_dataset(source, whole, tmp_path):
 @needs_s3
 def test_the_whole_path_on_s3_leaves_what_a_folder_has(source, whole, tmp_path):
     url = f"s3://{BUCKET}/laion"
+    encoders = save_kl(tmp_path / "kl"), save_t5(tmp_path / "t5")
     server, dice = S3Server(tmp_path / "s3"), random.Random(20261124)
     env = server.env() | {"TMPDIR": str(tmp_path)}
     try:
@@ -112,13 +119,11 @@ def test_the_whole_path_on_s3_leaves_what_a_folder_has(source, whole, tmp_path):
             kill_one(start(source, url, **env), dice)
         finish(start(source, url, **env))
         assert server.hashes(url) == whole[1]
-        for command, *words in AFTERWARDS:
-            finish(kiln(command, f"dataset={url}", *words, **env))
+        go_on(url, encoders, **env)
         remote = server.hashes(url)
     finally:
         server.close()
-    for command, *words in AFTERWARDS:
-        finish(kiln(command, f"dataset={whole[0]}", *words))
+    go_on(whole[0], encoders)
     # The pages name the place.
     assert remote.keys() == tree_hashes(whole[0]).keys()
     assert {name for name, sha256 in tree_hashes(whole[0]).items() if remote[name] != sha256} <= {

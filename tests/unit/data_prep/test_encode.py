@@ -60,6 +60,7 @@ def config(dataset, folders, **changes):
             "threads=1",
             "decode_threads=1",
             "probe_s=0",
+            "wandb=off",
         ],
     )
     return freeze(EncodeConfig, thaw(cfg) | changes)
