@@ -66,7 +66,7 @@ def installed(cfg: DownloadConfig, *, num_processes: int = 1) -> Iterator[None]:
     try:
         yield
     finally:
-        urllib.request.install_opener(None)  # type: ignore[arg-type]
+        urllib.request.install_opener(None)
 
 
 def scheme_problem(url: str) -> str | None:
