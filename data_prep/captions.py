@@ -8,6 +8,8 @@ from data_prep.config import CaptionsConfig
 
 # Captions of the web are often escaped more than once; a text made of nothing else must end.
 _UNESCAPE_PASSES = 3
+# html.unescape fails at numbers of more than 4300 digits.
+_ENDLESS_NUMBER = re.compile(r"&#\d{100,};?")
 _URL = re.compile(r"(?i)\b(?:https?://|www\.)[^\s<>\"']*")
 # Control characters become spaces, other invisible ones vanish. The joiners stay: Persian words
 # and emoji fall apart without them.
@@ -44,7 +46,7 @@ def _unescaped(text: str) -> str:
     for _ in range(_UNESCAPE_PASSES):
         if "&" not in text:
             break
-        text = html.unescape(text)
+        text = html.unescape(_ENDLESS_NUMBER.sub("\ufffd", text))
     return text
 
 

@@ -30,6 +30,17 @@ _MAX_HEAD_BYTES = 1 << 17  # of an answer's status line and headers; servers kee
 _MAX_IDLE_CONNECTIONS = 128
 _MAX_IDLE_S = 15.0  # web servers let go after 5 to 75 s
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# What `is_global` lets pass, depending on the version of Python.
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's platform, beside its metadata service
+        "192.0.0.0/24",  # IETF; Oracle's metadata service is in it
+        "192.88.99.0/24",  # 6to4 relays
+        "3fff::/20",  # documentation
+        "fec0::/10",  # site-local
+    )
+)
 URL_SAFE = "!#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 """Characters of a URL that are sent as they are."""
 OnHead = Callable[[int, Message], None]
@@ -119,6 +130,8 @@ def is_public(address: str) -> bool:
         if ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         ip = inner or ip
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 

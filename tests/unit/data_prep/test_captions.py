@@ -31,6 +31,8 @@ def cfg(**changes):
         ("http://only.example/x.jpg", ""),
         ("&nbsp;\u200b", ""),
         ("\ud800lone", "lone"),
+        ("a &#0000000065; &#" + "9" * 5000 + "; b", "a A \ufffd b"),
+        ("&amp;#" + "9" * 5000, "\ufffd"),
         ("\u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f680",) * 2,
     ],
 )

@@ -93,6 +93,15 @@ def outcomes(cfg, *urls, **kwargs):
         ("::ffff:8.8.8.8", True),
         ("64:ff9b::7f00:1", False),
         ("2002:7f00:0001::", False),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("::ffff:168.63.129.16", False),
+        ("168.63.129.16", False),
+        ("168.63.129.17", True),
+        ("192.0.0.192", False),
+        ("192.88.99.1", False),
+        ("fd00:ec2::254", False),
+        ("fec0::1", False),
+        ("3fff::1", False),
     ],
 )
 def test_only_the_public_internet_is_public(address, public):
