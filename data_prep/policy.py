@@ -13,6 +13,7 @@ import duckdb
 from data_prep.config_policy import PolicyConfig
 from data_prep.denied import DeniedContent, load_denied
 from data_prep.quarantine import Reason
+from data_prep.transport import ascii_host
 from trainer.errors import BadInput
 from trainer.frozen import freeze, read_yaml, thaw
 
@@ -146,12 +147,25 @@ def load_lists(connection: duckdb.DuckDBPyConnection, policy: Policy) -> None:
         "denied_hashes_file": policy.lists.get("denied_hashes_file", ()),
     }
     for key, lines in values.items():
-        exact = key == "denied_urls_file"
         connection.execute(
             f"CREATE OR REPLACE TEMP TABLE list_{key} AS "
             "SELECT DISTINCT unnest($lines::VARCHAR[]) AS value",
-            {"lines": [line if exact else line.lower() for line in lines]},
+            {"lines": [_list_value(key, line) for line in lines]},
         )
+
+
+def _list_value(key: str, line: str) -> str:
+    if "urls" in key:
+        return line
+    return _domain(line) if "hosts" in key else line.lower()
+
+
+def _domain(name: str) -> str:
+    """Write a host or a top-level domain as the hosts of URLs are written."""
+    try:
+        return ascii_host(name.strip("[]").removeprefix("."))
+    except ValueError as error:
+        raise BadInput(f"policy: {name!r} is no name of a host ({error}).") from error
 
 
 def make_rules(policy: Policy, columns: Collection[str]) -> list[Rule]:
@@ -210,9 +224,13 @@ def _list_rules(policy: Policy, present: dict[str, str]) -> Iterator[Rule]:
         yield Rule("rule_denied_hash", f"coalesce({' OR '.join(hits)}, false)")
     last_label = "split_part(kiln_host, '.', -1)"
     if cfg.top_level_domains:
-        yield Rule("rule_top_level_domain", f"{last_label} NOT IN {_in(cfg.top_level_domains)}")
+        yield Rule(
+            "rule_top_level_domain", f"{last_label} NOT IN {_domains_in(cfg.top_level_domains)}"
+        )
     if cfg.denied_top_level_domains:
-        yield Rule("rule_top_level_domain", f"{last_label} IN {_in(cfg.denied_top_level_domains)}")
+        yield Rule(
+            "rule_top_level_domain", f"{last_label} IN {_domains_in(cfg.denied_top_level_domains)}"
+        )
 
 
 def _host_in(key: str) -> str:
@@ -223,7 +241,11 @@ def _host_in(key: str) -> str:
 
 
 def _in(values: Collection[str]) -> str:
-    return "(" + ", ".join(literal(value.lower().removeprefix(".")) for value in values) + ")"
+    return "(" + ", ".join(literal(value.lower()) for value in values) + ")"
+
+
+def _domains_in(names: Collection[str]) -> str:
+    return _in([_domain(name) for name in names])
 
 
 def _caption_rules(cfg: PolicyConfig) -> Iterator[Rule]:
@@ -269,7 +291,8 @@ def _column_rules(cfg: PolicyConfig, present: dict[str, str]) -> Iterator[Rule]:
 
 
 def _lower_text(present: dict[str, str], name: str) -> str:
-    return f"lower(CAST({identifier(present.get(name, name))} AS VARCHAR))"
+    # A text without letters says nothing.
+    return f"nullif(trim(lower(CAST({identifier(present.get(name, name))} AS VARCHAR))), '')"
 
 
 def _column_rule(

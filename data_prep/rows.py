@@ -1,7 +1,7 @@
 """Read rows of image-text metadata with DuckDB: any number of parquet, csv or jsonl files."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,13 +11,26 @@ import fsspec
 
 from data_prep.config import ColumnsConfig
 from data_prep.policy import identifier, literal
+from data_prep.transport import parse_url
 from trainer.errors import BadInput
 
 _READERS = {
     ".parquet": "read_parquet({}, union_by_name=true)",
-    ".csv": "read_csv({}, union_by_name=true, header=true, all_varchar=true)",
-    ".tsv": "read_csv({}, union_by_name=true, header=true, all_varchar=true, delim='\\t')",
-    ".jsonl": "read_json({}, union_by_name=true, format='newline_delimited')",
+    # Of a csv nothing is guessed, or what one row says could depend on the others.
+    ".csv": "read_csv({}, union_by_name=true, header=true, all_varchar=true, comment='', skip=0, "
+    "delim=',', quote='\"', escape='\"')",
+    ".tsv": "read_csv({}, union_by_name=true, header=true, all_varchar=true, comment='', skip=0, "
+    "delim='\\t')",
+    ".jsonl": "read_json({}, union_by_name=true, format='newline_delimited', {})",
+}
+# Types that JSON has itself; dates and the like are guesses of DuckDB.
+_JSON_TYPES = ("BIGINT", "UBIGINT", "HUGEINT", "DOUBLE", "BOOLEAN", "STRUCT(", "MAP(")
+_URL_HOST = "kiln_url_host"
+_OWN = ("kiln_url", "kiln_caption", "kiln_host")  # columns of ours; a source's are not read
+_QUOTED_CHARS = 400
+_NEEDS = {
+    "csv": ". Need UTF-8, the names of the columns in the first line, commas between fields, and "
+    "double quotes around those with a comma, a quote or a line break in them.",
 }
 _PACKED = (".gz", ".zst")
 _FORMATS = f"{', '.join(_READERS)} (csv, tsv and jsonl also as .gz or .zst)"
@@ -123,6 +136,7 @@ def connect(scratch: Path, *, memory_gb: float, threads: int) -> duckdb.DuckDBPy
         }
     )
     connection.execute("SET enable_progress_bar = false")  # it would write into our output
+    connection.create_function(_URL_HOST, _url_host, ["VARCHAR"], "VARCHAR")
     return connection
 
 
@@ -140,30 +154,61 @@ def open_source(
     if "://" in files[0].name:
         connection.register_filesystem(fsspec.core.url_to_fs(files[0].name)[0])
     names = "[" + ", ".join(literal(file.name) for file in files) + "]"
+    reader = _READERS[kind].format(names, "sample_size=-1")
     try:
-        connection.execute(
-            f"CREATE OR REPLACE TEMP VIEW source AS SELECT * FROM {_READERS[kind].format(names)}"
+        described = connection.execute(f"DESCRIBE SELECT * FROM {reader}").fetchall()
+        types = {str(row[0]): str(row[1]) for row in described if row[0].lower() not in _OWN}
+        _check_columns(files[0].name, columns, list(types))
+        texts = {columns.url.lower(), columns.caption.lower()}
+        if kind == ".jsonl":
+            reader = _READERS[kind].format(names, f"columns={_json_columns(types, texts)}")
+        selected = ", ".join(
+            _decoded(name) if of == "BLOB" and name.lower() in texts else identifier(name)
+            for name, of in types.items()
         )
-        found = [str(row[0]) for row in connection.execute("DESCRIBE source").fetchall()]
+        connection.execute(f"CREATE OR REPLACE TEMP VIEW source AS SELECT {selected} FROM {reader}")
     except duckdb.Error as error:
         raise unreadable(files, error) from error
+    return list(types)
+
+
+def _check_columns(file: str, columns: ColumnsConfig, found: Sequence[str]) -> None:
     lower = {name.lower() for name in found}
     for key in ("url", "caption"):
         name = getattr(columns, key)
         if name.lower() not in lower:
             raise BadInput(
-                f"{files[0].name} has no column '{name}'; it has {', '.join(found) or 'none'}. "
+                f"{file} has no column '{name}'; it has {', '.join(found) or 'none'}. "
                 f"Name the right one with columns.{key}=..."
             )
-    return found
+
+
+def _json_columns(types: dict[str, str], texts: Collection[str]) -> str:
+    """Give DuckDB's types of columns for which a row says the same, whatever the other rows say."""
+
+    def kept(name: str, of: str) -> bool:
+        return name.lower() not in texts and (of.startswith(_JSON_TYPES) or of.endswith("]"))
+
+    pairs = (
+        f"{literal(name)}: {literal(of if kept(name, of) else 'VARCHAR')}"
+        for name, of in types.items()
+    )
+    return "{" + ", ".join(pairs) + "}"
+
+
+def _decoded(name: str) -> str:
+    """Give SQL for a column of bytes as text; bytes that are no UTF-8 stay visible as such."""
+    column = identifier(name)
+    return f"coalesce(TRY(decode({column})), CAST({column} AS VARCHAR)) AS {column}"
 
 
 def unreadable(files: Sequence[SourceFile], error: duckdb.Error) -> BadInput:
     """Build the error for a source that DuckDB gives up on."""
-    first = str(error).splitlines()[0]
+    said = " ".join(str(error).split("\n\n")[0].splitlines()[:3]).rstrip(".")
     kind = _kind(files[0].name).removeprefix(".")
     named = files[0].name if len(files) == 1 else f"one of {len(files)} files"
-    return BadInput(f"{named} is no readable {kind} file: {first}")
+    need = _NEEDS.get(kind, "")
+    return BadInput(f"{named} is no readable {kind} file: {said[:_QUOTED_CHARS]}{need}")
 
 
 def rows_sql(columns: ColumnsConfig, found: Sequence[str], broken_rule: str) -> str:
@@ -187,13 +232,20 @@ def rows_sql(columns: ColumnsConfig, found: Sequence[str], broken_rule: str) -> 
     )
 
 
-# The first pattern is several times faster, and nearly every URL has it.
+# Nearly every URL is plain. The others are taken apart by the code that fetches them, so that no
+# spelling of a host is judged as one and fetched as another.
 _PLAIN_HOST = "regexp_extract(kiln_url, '^https?://([A-Za-z0-9.-]+)/', 1)"
-_ODD_HOST = r"'(?i)^https?://(?:[^/?#]*@)?(\[[^/?#\]]*\]|[^/:?#\\]+)'"
 _HOST = (
-    f"CASE WHEN {_PLAIN_HOST} <> '' THEN lower({_PLAIN_HOST}) "
-    f"ELSE lower(regexp_extract(kiln_url, {_ODD_HOST}, 1)) END"
+    f"CASE WHEN {_PLAIN_HOST} <> '' THEN rtrim(lower({_PLAIN_HOST}), '.') "
+    f"ELSE {_URL_HOST}(kiln_url) END"
 )
+
+
+def _url_host(url: str) -> str:
+    try:
+        return parse_url(url).host
+    except ValueError:
+        return ""
 
 
 def _text(name: str) -> str:

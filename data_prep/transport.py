@@ -108,11 +108,10 @@ def parse_url(url: str) -> Target:
         ValueError: The scheme is not http or https, or host or port are none.
     """
     parts = urlsplit(url)
-    scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
+    scheme = parts.scheme.lower()
     if scheme not in PORTS:
         raise ValueError(f"scheme {scheme or 'none'!r}, may be {' or '.join(PORTS)}")
-    if not host.isascii():
-        host = host.encode("idna").decode("ascii")
+    host = ascii_host(parts.hostname or "")
     if not host or not host.isprintable() or " " in host:
         raise ValueError("no host")
     port = PORTS[scheme] if parts.port is None else parts.port
@@ -120,6 +119,17 @@ def parse_url(url: str) -> Target:
     netloc = f"[{host}]" if ":" in host else host
     netloc = netloc if port == PORTS[scheme] else f"{netloc}:{port}"
     return Target(scheme, host, port, netloc, quote(path, URL_SAFE, errors="replace"))
+
+
+def ascii_host(host: str) -> str:
+    """Write the name of a host in the one way in which it is looked up.
+
+    Raises:
+        ValueError: It is no name of a host.
+    """
+    if not host.isascii():
+        host = host.encode("idna").decode("ascii")
+    return host.lower().rstrip(".")
 
 
 def is_public(address: str) -> bool:

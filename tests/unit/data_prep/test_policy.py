@@ -2,7 +2,6 @@ import hashlib
 from importlib.resources import files
 from pathlib import Path
 
-import duckdb
 import pyarrow as pa
 import pytest
 
@@ -16,7 +15,7 @@ from data_prep.policy import (
     plain_policy,
     unheeded_rules,
 )
-from data_prep.rows import rows_sql
+from data_prep.rows import connect, rows_sql
 from tests.tiny_source import prepare_cfg
 from trainer.errors import BadInput
 from trainer.frozen import read_yaml, thaw, write_yaml
@@ -29,7 +28,7 @@ def judge(policy, tmp_path, *rows):
     names = dict.fromkeys(name for row in rows for name in {**GOOD, **row})
     source = pa.table({n: [{**GOOD, **row}.get(n) for row in rows] for n in names})
     cfg = prepare_cfg(tmp_path, tmp_path)
-    with duckdb.connect() as connection:
+    with connect(tmp_path / "spill", memory_gb=0.1, threads=1) as connection:
         connection.register("source", source)
         load_lists(connection, policy)
         rule = broken_rule_sql(make_rules(policy, source.column_names))
@@ -132,6 +131,45 @@ def test_lists_are_read_from_files(tmp_path):
         "rule_denied_hash",
         None,
     ]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://evil.com./x",
+        "http://evil.com.:80/x",
+        "http://EVIL.com?x",
+        "http://me:word@img.evil.com#x",
+        "http://\u24d4vil.com/x",
+        "http://evil\u3002com\u3002/x",
+        "http://ev\til.com/x",
+        "http://good.org\\@evil.com/x",
+        "http://b\u00fccher.de/x",
+        "http://xn--bcher-kva.de/x",
+        "http://a.\u4e2d\u56fd/x",
+        "http://a.xn--fiqs8s./x",
+    ],
+)
+def test_no_spelling_of_a_host_gets_past_its_rule(tmp_path, url):
+    policy = plain_policy(
+        denied_hosts=["evil.com", "B\u00fccher.de"], denied_top_level_domains=[".\u4e2d\u56fd"]
+    )
+    found = judge(policy, tmp_path, {"URL": url}, {"URL": "http://evil.com.org/evil.com"})
+    assert found[0] in {"rule_denied_host", "rule_top_level_domain"}
+    assert found[1] is None
+
+
+def test_a_host_in_a_list_that_is_none_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"policy: '\u3002' is no name of a host"):
+        judge(plain_policy(hosts=["\u3002"]), tmp_path, GOOD)
+
+
+@pytest.mark.parametrize(("missing", "reason"), [("keep", None), ("reject", "rule_licences")])
+def test_an_empty_text_is_a_missing_value(tmp_path, missing, reason):
+    policy = plain_policy(licences=["cc0"], missing=missing)
+    assert judge(policy, tmp_path, {"LICENSE": ""}, {"LICENSE": " "}) == [reason] * 2
+    policy = plain_policy(languages=["en"], missing=missing)
+    assert judge(policy, tmp_path, {"LANGUAGE": ""}) == [None]  # detected later
 
 
 def test_the_hash_of_a_policy_is_that_of_its_content(tmp_path):

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.plan import read_rows
+from data_prep.policy import plain_policy
 from data_prep.rows import connect, row_key, source_files
 from tests.tiny_source import plan_units, prepare_cfg, write_rows
 from trainer.errors import BadInput
+from trainer.frozen import write_yaml
 
 PAIRS = [("http://a/1", "one"), ("http://a/2", "zwei, \u00e9"), ("https://b/3?x=1", 'a "quote"')]
 
@@ -99,6 +101,64 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path):
     pq.write_table(empty, tmp_path / "e.parquet")
     with pytest.raises(BadInput, match=r"e.parquet has no rows"):
         planned(tmp_path / "e.parquet", tmp_path)
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_what_a_row_says_does_not_depend_on_the_other_rows(tmp_path):
+    texts = ["2020-01-01T10:00:00", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11", 'a "quote"', "#tag"]
+    for number, text in enumerate(texts):
+        row = {"URL": "http://a/1", "TEXT": text}
+        path = jsonl(tmp_path / f"{number}.jsonl", row)
+        assert planned(path, tmp_path / f"d{number}") == {("http://a/1", text)}
+        odd = [{"URL": "http://a/2", "TEXT": ["x"]}, {"URL": "http://a/3", "TEXT": 5}]
+        path = jsonl(tmp_path / f"{number}.jsonl", row, *odd)
+        found = planned(path, tmp_path / f"e{number}")
+        assert found == {("http://a/1", text), ("http://a/2", '["x"]'), ("http://a/3", "5")}
+    # A dialect that is guessed would take this for comments, other fields, or fewer rows.
+    (tmp_path / "x.csv").write_text("URL,TEXT\nhttp://a/1,#tag\n#http://a/2,x\nhttp://a/3,a;b\n")
+    assert planned(tmp_path / "x.csv", tmp_path) == {("http://a/1", "#tag"), ("http://a/3", "a;b")}
+
+
+def test_a_column_that_comes_late_is_judged(tmp_path):
+    rows = [{"URL": f"http://a/{i}", "TEXT": "x"} for i in range(21_000)]
+    late = {"URL": "http://a/late", "TEXT": "x", "punsafe": "1"}
+    path = jsonl(tmp_path / "x.jsonl", *rows, late)
+    write_yaml(plain_policy(max_punsafe=0.5).cfg, tmp_path / "policy.yaml")
+    policy = f"policy={tmp_path / 'policy.yaml'}"
+    found = planned(path, tmp_path, policy, "shard_rows=30000")
+    assert len(found) == 21_000
+    assert ("http://a/late", "x") not in found
+
+
+def test_bytes_are_read_as_text_and_columns_with_our_names_are_not_read(tmp_path):
+    table = {
+        "URL": [b"http://a/1", b"http://a/2"],
+        "TEXT": ["caf\u00e9".encode(), b"\xff"],
+        "kiln_url": ["http://evil/"] * 2,
+        "KILN_host": ["evil"] * 2,
+    }
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    found = planned(tmp_path / "x.parquet", tmp_path)
+    assert found == {("http://a/1", "caf\u00e9"), ("http://a/2", "\\xFF")}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'http://a/1,"no end\nhttp://a/2,b',
+        'http://a/1,"a" b\nhttp://a/2,b',
+        "http://a/1,a,b\nhttp://a/2,b",
+        "http://a/1,caf\xe9",
+    ],
+)
+def test_a_csv_that_is_none_says_what_one_is(tmp_path, text):
+    (tmp_path / "x.csv").write_bytes(f"URL,TEXT\n{text}\n".encode("latin-1"))
+    with pytest.raises(BadInput, match=r"x.csv is no readable csv.*Need UTF-8.*double quotes"):
+        planned(tmp_path / "x.csv", tmp_path)
 
 
 def test_a_damaged_line_names_the_file(tmp_path):
