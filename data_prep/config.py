@@ -71,7 +71,8 @@ class DownloadConfig:
     tdm: bool
     """Leave alone what is reserved from text and data mining (TDMRep: header, file, meta tag)."""
     robots_directives: tuple[str, ...]
-    """A picture whose X-Robots-Tag header has one of these is left alone; [] ignores the header."""
+    """A picture whose X-Robots-Tag header has one of these is left alone (none: as noindex);
+    [] ignores the header."""
     allow_hosts: tuple[str, ...]
     """Hosts (HOST or HOST:PORT) that may have private or loopback addresses; others may not."""
     max_failed_frac: Fraction

@@ -55,6 +55,8 @@ class PolicyConfig:
     """File of hosts to keep, one a line."""
     denied_hosts_file: str | None
     """File of hosts to reject, one a line."""
+    urls_file: str | None
+    """File of URLs to keep, one a line."""
     denied_urls_file: str | None
     """File of URLs to reject, one a line."""
     denied_hashes_file: str | None

@@ -53,7 +53,8 @@ class Wishes:
         for value in headers.get_all("X-Robots-Tag", []) if self.directives else []:
             if found := self._forbidden(value):
                 return f"header X-Robots-Tag: {found}"
-        if self.tdm and (headers.get("TDM-Reservation") or "").strip() == "1":
+        reserved = (value.strip() == "1" for value in headers.get_all("TDM-Reservation", []))
+        if self.tdm and any(reserved):
             return "header TDM-Reservation: 1"
         return None
 
@@ -246,4 +247,6 @@ class Sites:
 def wishes(user_agent: str, directives: Iterable[str], *, tdm: bool) -> Wishes:
     """Build `Wishes` from the configuration."""
     words = frozenset(word.strip().lower() for word in directives)
+    if "noindex" in words:
+        words |= {"none"}  # which is short for noindex, nofollow
     return Wishes(product_token(user_agent), words, tdm)

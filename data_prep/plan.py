@@ -5,8 +5,10 @@ make `plan/001.parquet` with further units; what was planned before stays as it 
 """
 
 import hashlib
+import itertools
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -124,7 +126,7 @@ def plan_quarantine_path(dataset: Path, generation: int) -> Path:
 def read_generations(dataset: Path, *, first: int = 0) -> list[Generation]:
     """Read the plan's records from number `first` on; an unfinished generation is none."""
     found = []
-    for number in range(first, 1000):
+    for number in itertools.count(first):
         path = dataset / "plan" / f"{number:03d}.json"
         try:
             found.append(TypeAdapter(Generation).validate_json(read_bytes(path)))
@@ -182,7 +184,8 @@ def _present(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in zip(names, values, strict=True)
-        if value is not None and value == value  # noqa: PLR0124 - NaN is no JSON
+        # JSON has neither NaN nor infinity.
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
     }
 
 

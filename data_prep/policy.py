@@ -22,7 +22,13 @@ LAION_COLUMNS = frozenset(
 )
 """Two of these and rows are taken for LAION's; their names are those of its metadata."""
 
-_LISTS = ("hosts_file", "denied_hosts_file", "denied_urls_file", "denied_hashes_file")
+_LISTS = (
+    "hosts_file",
+    "denied_hosts_file",
+    "urls_file",
+    "denied_urls_file",
+    "denied_hashes_file",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +149,7 @@ def load_lists(connection: duckdb.DuckDBPyConnection, policy: Policy) -> None:
             *policy.cfg.denied_hosts,
             *policy.lists.get("denied_hosts_file", ()),
         ),
+        "urls_file": policy.lists.get("urls_file", ()),
         "denied_urls_file": policy.lists.get("denied_urls_file", ()),
         "denied_hashes_file": policy.lists.get("denied_hashes_file", ()),
     }
@@ -213,6 +220,8 @@ def _list_rules(policy: Policy, present: dict[str, str]) -> Iterator[Rule]:
         yield Rule("rule_host", f"NOT {_host_in('hosts_file')}")
     if cfg.denied_hosts or "denied_hosts_file" in lists:
         yield Rule("rule_denied_host", _host_in("denied_hosts_file"))
+    if "urls_file" in lists:
+        yield Rule("rule_url", "kiln_url NOT IN (SELECT value FROM list_urls_file)")
     if "denied_urls_file" in lists:
         yield Rule("rule_denied_url", "kiln_url IN (SELECT value FROM list_denied_urls_file)")
     if "denied_hashes_file" in lists:

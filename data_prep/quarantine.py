@@ -57,11 +57,17 @@ SYSTEMIC = frozenset(
     {
         *UNREACHED,
         Reason.BAD_RESPONSE,
+        Reason.NOT_AN_IMAGE,  # the page of a network that wants a login, in place of every picture
+        Reason.TRUNCATED,
         Reason.UNDECODABLE,
         Reason.OTHER,
         "http_403",
+        "http_407",
         "http_429",
+        "http_502",
         "http_503",
+        "http_504",
+        "http_511",
     }
 )
 """Reasons that speak of the network or of the tools when nearly every row of a unit has one."""

@@ -1,5 +1,6 @@
 """Give rows that failed a second try: move them from their units to new ones."""
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,12 +29,15 @@ NEVER = frozenset(
     {
         Reason.OPT_OUT,
         Reason.REMOVED,
+        Reason.DENIED_CONTENT,
         Reason.ADDRESS_REFUSED,
         Reason.SCHEME_REFUSED,
         Reason.RETRIED,
     }
 )
 """Reasons that another try would not respect, or not change."""
+_HTTP = re.compile(r"http_\d{3}")
+_KNOWN = ", ".join(sorted({*Reason} - NEVER))
 
 
 def plan_retry(
@@ -45,7 +49,7 @@ def plan_retry(
         All generations, and how many rows are tried again.
 
     Raises:
-        BadInput: A reason is not to be retried.
+        BadInput: A reason is not to be retried, or there is none of that name.
     """
     forbidden = sorted(NEVER & set(cfg.retry))
     if forbidden:
@@ -53,6 +57,9 @@ def plan_retry(
             f"retry={','.join(cfg.retry)}: rows with {forbidden[0]} are never tried again. "
             "Give passing failures: timeout, connection, truncated, http_429, http_503, ..."
         )
+    unknown = [word for word in cfg.retry if word not in {*Reason} and not _HTTP.fullmatch(word)]
+    if unknown:
+        raise BadInput(f"retry: {unknown[0]} is no reason. There are http_503 etc. and {_KNOWN}.")
     moved: dict[str, int] = {}
     keys_by_generation: dict[int, list[int]] = {}
     for unit in list_units(generations):

@@ -68,6 +68,8 @@ FIXED = {
     "nowhere": (page(b"", "302 Found"), "http_302"),
     "to-metadata": (to("http://169.254.169.254/latest/meta-data"), "address_refused"),
     "to-private": (to("http://10.0.0.1/x"), "address_refused"),
+    "to-decimal": (to("http://2852039166/latest/meta-data"), "address_refused"),
+    "to-mapped": (to("http://[::ffff:a9fe:a9fe]/latest"), "address_refused"),
     "to-file": (to("file:///etc/passwd"), "scheme_refused"),
     "to-nothing": (to("http://[bad/"), "scheme_refused"),
     "closed": (b"", "connection"),

@@ -1,6 +1,7 @@
 import email.utils
 import functools
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -116,6 +117,24 @@ def test_loopback_is_refused_unless_it_is_allowed(server):
     assert outcomes(replace(CFG, allow_hosts=("127.0.0.1:1",)), urls[0]) == ["address_refused"]
     for allowed in ("127.0.0.1", f"127.0.0.1:{port}"):
         assert outcomes(replace(CFG, allow_hosts=(allowed,)), urls[0]) == [PICTURE]
+
+
+def test_the_address_that_was_judged_is_the_one_that_is_asked(server, monkeypatch):
+    port = server.server_address[1]
+    lookups = []
+
+    def rebound(host, *_, **__):
+        lookups.append(host)
+        address = "127.0.0.1" if len(lookups) == 1 else "127.0.0.2"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    monkeypatch.setattr("data_prep.transport.socket.getaddrinfo", rebound)
+    monkeypatch.setattr("data_prep.transport.is_public", lambda address: address == "127.0.0.1")
+    url = f"http://rebound.example:{port}/good"
+    cfg = replace(CFG, allow_hosts=(), **QUIET)
+    assert outcomes(cfg, url) == [PICTURE]
+    assert lookups == ["rebound.example"]
+    assert outcomes(cfg, url) == ["address_refused"]
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,18 @@ def test_pages_speak_in_meta_tags(body, forbids):
     assert time.process_time() - started_s < 2
 
 
+def test_none_is_no_index_and_one_reservation_of_several_counts():
+    headers = Message()
+    headers["X-Robots-Tag"] = "None"
+    assert OURS.in_headers(headers) is None
+    strict = wishes("kiln", ["noindex"], tdm=True)
+    assert strict.in_headers(headers) == "header X-Robots-Tag: none"
+    headers = Message()
+    headers["TDM-Reservation"] = "0"
+    headers["TDM-Reservation"] = " 1 "
+    assert OURS.in_headers(headers) == "header TDM-Reservation: 1"
+
+
 @pytest.mark.parametrize(
     ("user_agent", "token"),
     [("kiln/0.1 (x)", "kiln"), ("My Bot/2", "my"), ("LabBot", "labbot"), ("/", "")],

@@ -1,4 +1,5 @@
 import itertools
+import math
 import random
 import shutil
 from collections import Counter
@@ -122,8 +123,8 @@ def test_a_plan_that_was_cut_short_is_made_again(tmp_path):
 
 
 def test_values_of_extra_columns_keep_their_types(tmp_path):
-    more = {"score": 0.5, "tags": ["a", "b"], "none": None, "flag": True}
+    more = {"score": 0.5, "tags": ["a", "b"], "none": None, "flag": True, "far": math.inf}
     rows = write_rows(tmp_path / "rows.parquet", ("http://a/1", "x", more))
-    (generation,) = plan(rows, tmp_path / "d", "columns.extra=[SCORE,tags,flag,none,other]")
+    (generation,) = plan(rows, tmp_path / "d", "columns.extra=[SCORE,tags,flag,none,far,other]")
     (row,) = itertools.chain(*(read_rows(tmp_path / "d", u) for u in list_units([generation])))
     assert row.extra == {"score": 0.5, "tags": ["a", "b"], "flag": True}

@@ -172,6 +172,14 @@ def test_an_empty_text_is_a_missing_value(tmp_path, missing, reason):
     assert judge(policy, tmp_path, {"LANGUAGE": ""}) == [None]  # detected later
 
 
+def test_a_list_of_urls_to_keep_keeps_these_and_an_empty_one_none(tmp_path):
+    good, other = {"URL": "http://x.org/Good.jpg"}, {"URL": "http://x.org/good.jpg"}
+    policy = with_lists(tmp_path, urls_file=file_of(tmp_path / "urls", good["URL"]))
+    assert judge(policy, tmp_path, good, other) == [None, "rule_url"]
+    policy = with_lists(tmp_path, urls_file=file_of(tmp_path / "urls", "# nothing"))
+    assert judge(policy, tmp_path, good) == ["rule_url"]
+
+
 def test_the_hash_of_a_policy_is_that_of_its_content(tmp_path):
     def policy(*lines, name="a"):
         path = file_of(tmp_path / name, *lines)

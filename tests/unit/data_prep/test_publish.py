@@ -173,7 +173,7 @@ def test_rows_that_need_no_fetch_are_sifted_with_the_reason():
 
 
 def test_a_unit_without_a_kept_row_has_a_quarantine_and_no_shard(tmp_path):
-    cfg, unit = planned(tmp_path, ("http://[bad/x", "text"))
+    cfg, unit = planned(tmp_path, ("http://a/x", "&nbsp;"))
     record, _ = publish(unit, cfg)
     assert record.shard is None
     assert {p.name for p in (tmp_path / "d").glob("[!.ps]*/*")} == {
@@ -204,6 +204,8 @@ def test_only_failures_of_network_and_tools_are_systemic():
         ]
 
     assert systemic("0", rejected("undecodable", 100), 100, 0.95).first.reason == "undecodable"
+    for reason in ("not_an_image", "truncated", "http_407", "http_511"):
+        assert systemic("0", rejected(reason, 100), 100, 0.95).rows == 100
     assert systemic("0", rejected("http_404", 100), 100, 0.95) is None
     assert systemic("0", rejected("undecodable", 95), 100, 0.95) is None
     assert systemic("0", rejected("timeout", 19), 19, 0.95) is None  # too few to say

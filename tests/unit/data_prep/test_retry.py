@@ -111,5 +111,9 @@ def test_opt_outs_are_never_tried_again(server, tmp_path):
     words = "retry=[timeout,opt_out]"
     with pytest.raises(BadInput, match="rows with opt_out are never tried again"):
         run(config(server, tmp_path, tmp_path / "d", words))
+    with pytest.raises(BadInput, match="rows with denied_content are never tried again"):
+        run(config(server, tmp_path, tmp_path / "d", "retry=[denied_content]"))
+    with pytest.raises(BadInput, match=r"retry: tiemout is no reason. .*truncated"):
+        run(config(server, tmp_path, tmp_path / "d", "retry=[http_503,tiemout]"))
     with pytest.raises(BadInput, match="give it with parts=1"):
         config(server, tmp_path, tmp_path / "d", "retry=[timeout]", "parts=2")
