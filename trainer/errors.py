@@ -7,3 +7,7 @@ class BadInput(ValueError):
 
 class BadWorld(RuntimeError):
     """The machine failed us (disk, network, process); the message says what still stands."""
+
+
+class BadData(BadInput):
+    """Content of a dataset that is not what its manifest says; a stream replaces and counts it."""
