@@ -175,7 +175,7 @@ def _live_images(datasets: Sequence[Dataset], on_rows: Callable[[int], None]) ->
         for place, entry in enumerate(one.manifest.shards):
             index = _read(one, entry)
             weights = read_row_weights(one.folder, entry, one.manifest.weights.get(entry.number))
-            live = np.flatnonzero(weights)
+            live = np.flatnonzero(weights > 0)
             index = index.take(pa.array(live))
             facts = {
                 "id": np.arange(first, first + len(live)),
@@ -228,7 +228,8 @@ def _apply(
     before = read_cluster_weights(own.folder)
     if cfg.outcome == "remove":
         weights = before.slice(0, 0)
-        changed = add_tombstones(own.folder, _tombstones(connection, datasets)) > 0
+        tombstones, version = _tombstones(connection, datasets), own.manifest.removal_version + 1
+        changed = add_tombstones(own.folder, tombstones, version=version) > 0
     else:
         weights = _fetch(
             connection,

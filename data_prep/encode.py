@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -139,20 +138,22 @@ def survey(cfg: EncodeConfig, manifest: Manifest) -> Work:
 def make_encoding(work: Work) -> Encoding:
     """Put the records of all shards together."""
     records = [work.records[shard.number] for shard in work.manifest.shards]
-    counts: Counter[str] = sum((Counter(record.buckets) for record in records), Counter())
+    buckets = sorted({bucket for record in records for bucket in record.buckets})
     null_text = np.load(BytesIO(read_bytes(work.folder / NULL_TEXT)), allow_pickle=False)
     mean_C, std_C = latent_statistics(records)
     return Encoding(
         fingerprint=work.identity.fingerprint,
         dataset_fingerprint=work.manifest.shards_fingerprint,
         shards=tuple(record.shard for record in records),
+        bucket_counts={
+            bucket: [record.buckets.get(bucket, 0) for record in records] for bucket in buckets
+        },
         facts={
             **work.identity.facts,
             "latent_shape": list(records[0].latent_shape),
             "text_width": int(null_text.shape[1]),
             "latent_mean": mean_C,
             "latent_std": std_C,
-            "pictures_by_bucket": dict(sorted(counts.items())),
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         },
     )
@@ -308,7 +309,7 @@ def _finish(cfg: EncodeConfig, work: Work) -> int:
     save_encoding(cfg.dataset, encoding)
     _print_encoding(encoding)
     if cfg.encoders.buckets is not None:
-        print_buckets(encoding.facts["pictures_by_bucket"])
+        print_buckets(encoding.bucket_totals)
     num_images = sum(shard.count for shard in encoding.shards)
     say(f"{work.folder}: {num_images} images in {len(encoding.shards)} shards.")
     return 0

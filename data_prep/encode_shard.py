@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,8 @@ class SidecarRecord:
     """Of its latents."""
     latent_shape: tuple[int, int, int]
     """Channels, rows, columns; of a square picture where there are buckets."""
-    buckets: dict[str, int] = field(default_factory=dict)
-    """'WIDTHxHEIGHT' -> pictures encoded at this size; empty in records of before buckets."""
+    buckets: dict[str, int]
+    """'WIDTHxHEIGHT' -> pictures encoded at this size."""
 
 
 def record_path(folder: Path, number: str) -> Path:

@@ -22,7 +22,7 @@ from trainer.data.manifest import Manifest, ShardEntry, load_manifest
 from trainer.data.publish import publish_json
 from trainer.data.shards import Shard, read_index
 from trainer.data.tombstones import (
-    TOMBSTONE_SCHEMA,
+    REMOVAL_SCHEMA,
     add_tombstones,
     find_sorted,
     is_weighed,
@@ -88,6 +88,7 @@ def run(cfg: RemoveConfig) -> int:
                 "why": cfg.why,
                 "fingerprint_before": before.fingerprint,
                 "fingerprint_after": after.fingerprint,
+                "removal_version": after.removal_version,
                 "samples": [asdict(sample) for sample in samples],
                 "not_found": [asdict(one) for one in missing],
             },
@@ -268,9 +269,13 @@ def _remove(cfg: RemoveConfig, before: Manifest, samples: Sequence[Removed]) -> 
         "url": [sample.url for sample in samples],
         "why": [cfg.why] * len(samples),
     }
-    if not add_tombstones(cfg.dataset, pa.table(columns, TOMBSTONE_SCHEMA)) and is_weighed(
-        cfg.dataset, before
-    ):
+    was_live = any(sample.state == "removed now" for sample in samples)
+    num_new = add_tombstones(
+        cfg.dataset,
+        pa.table(columns, REMOVAL_SCHEMA),
+        version=before.removal_version + was_live,
+    )
+    if not num_new and is_weighed(cfg.dataset, before):
         return before
     # It shows pictures; `kiln dedup dry_run=true` makes it anew, without what is gone.
     remove_file(cfg.dataset / PAGE)

@@ -15,6 +15,8 @@ from data_prep.prepare import print_yield
 from data_prep.quarantine import Reason, read_quarantine
 from trainer.command import run_command
 from trainer.data.manifest import (
+    ENCODING,
+    MANIFEST,
     REPAIR_ENCODING,
     Manifest,
     ShardEntry,
@@ -31,6 +33,7 @@ from trainer.data.tombstones import (
     read_cluster_weights,
     read_row_weights,
     read_tombstones,
+    removed_by_version,
     row_weights_path,
 )
 from trainer.errors import BadInput
@@ -168,18 +171,30 @@ def weight_problems(dataset: Path, manifest: Manifest, keys: dict[str, list[str]
                 f"{expected and expected[:16]}. {REPAIR_WEIGHTS}"
             )
     try:
-        tombstones, lighter = read_tombstones(dataset, ["key"]), read_cluster_weights(dataset)
+        tombstones, lighter = read_tombstones(dataset), read_cluster_weights(dataset)
     except BadInput as error:
         yield str(error)
         return
     due = dict(zip(lighter["key"].to_pylist(), lighter["weight"].to_pylist(), strict=True))
-    due |= dict.fromkeys(tombstones["key"].to_pylist(), 0.0)
+    versions = tombstones["version"].to_pylist()
+    due |= dict(zip(tombstones["key"].to_pylist(), (-float(v) for v in versions), strict=True))
+    if manifest.removal_version != max(versions, default=0):
+        yield (
+            f"{dataset / MANIFEST} has removal version {manifest.removal_version}, {TOMBSTONES} "
+            f"has {max(versions, default=0)}. {REPAIR_WEIGHTS}"
+        )
     for shard in manifest.shards:
         try:
             weights = read_row_weights(dataset, shard, manifest.weights.get(shard.number))
         except BadInput as error:
             yield str(error)
             continue
+        listed = manifest.weights.get(shard.number)
+        if listed and listed.removed != removed_by_version(weights):
+            yield (
+                f"{dataset / MANIFEST} counts other removals in shard {shard.number} than "
+                f"{row_weights_path(dataset, shard.number)} has. {REPAIR_WEIGHTS}"
+            )
         wanted = [due.get(int(key, 16), 1.0) for key in keys.get(shard.number, [])]
         if wanted and weights.tolist() != wanted:
             yield (
@@ -191,20 +206,29 @@ def weight_problems(dataset: Path, manifest: Manifest, keys: dict[str, list[str]
 def encoding_problems(
     dataset: Path, manifest: Manifest, keys: dict[str, list[str]]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Check every encoding's files, and that it has the dataset's keys."""
+    """Check every encoding's files, and that it has the dataset's keys and its own buckets."""
     for encoding in list_encodings(dataset):
         folder = encoding_folder(dataset, encoding.fingerprint)
         found: list[str] = []
         if encoding.dataset_fingerprint != manifest.shards_fingerprint:
             found.append(f"{folder} was made from another state of the dataset. {REPAIR_ENCODING}")
         encoded: dict[str, list[str]] = {}
-        for entry in encoding.shards:
+        for place, entry in enumerate(encoding.shards):
             found += shard_problems(folder, entry, encoded, repair=REPAIR_ENCODING)
             if encoded.get(entry.number) != keys.get(entry.number):
                 found.append(
                     f"{entry.tar(folder)} has other keys than the dataset's shard "
                     f"{entry.number}. {REPAIR_ENCODING}"
                 )
+            if entry.number in encoded:
+                index = read_index(entry.index(folder), columns=["bucket"])
+                listed = {name: counts[place] for name, counts in encoding.bucket_counts.items()}
+                buckets = index["bucket"].to_pylist() if index.num_columns else []
+                if Counter(listed) != Counter(buckets):
+                    found.append(
+                        f"{entry.index(folder)} has other buckets than {folder / ENCODING} counts. "
+                        f"{REPAIR_ENCODING}"
+                    )
         yield encoding.fingerprint, found
 
 

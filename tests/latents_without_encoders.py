@@ -18,6 +18,7 @@ from trainer.data.manifest import (
 from trainer.data.shards import Sample, write_shard
 
 CHANNELS, SIDE, TEXT_WIDTH = 4, 4, 16
+BUCKET = f"{8 * SIDE}x{8 * SIDE}"
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -45,7 +46,8 @@ def make_dataset(root: Path, *, shard_counts: tuple[int, ...] = (7, 5, 8)) -> Pa
             pictures.append(Sample(key, {"jpg": jpg, "txt": b"noise", "json": b"{}"}))
             moments = rng.normal(size=(2, CHANNELS, SIDE, SIDE)).astype(np.float16)
             text = rng.normal(size=(int(rng.integers(2, 6)), TEXT_WIDTH)).astype(np.float16)
-            latents.append(Sample(key, {"latent.npy": npy(moments), "text.npy": npy(text)}))
+            members = {"latent.npy": npy(moments), "text.npy": npy(text)}
+            latents.append(Sample(key, members, {"bucket": BUCKET}))
         name = f"{number:05d}"
         write_shard(dataset / f"shards/{name}.tar", dataset / f"index/{name}.parquet", pictures)
         entries.append(describe_shard(dataset, f"shards/{name}.tar", count))
@@ -66,6 +68,7 @@ def make_dataset(root: Path, *, shard_counts: tuple[int, ...] = (7, 5, 8)) -> Pa
             fingerprint="tiny",
             dataset_fingerprint=manifest.fingerprint,
             shards=tuple(encoded),
+            bucket_counts={BUCKET: list(shard_counts)},
             facts=facts,
         ),
     )

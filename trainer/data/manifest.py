@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from trainer.data.publish import file_sha256, publish_json
 from trainer.data.shards import REPAIR, Sample, write_shard
@@ -99,12 +100,21 @@ def shards_fingerprint(shards: Iterable[ShardEntry]) -> str:
 class RowWeights:
     """A shard of which some samples count less than others: `weights/00000.npy`."""
 
-    removed: int
-    """Samples of weight 0: they are in the tar, and no reader gives them out."""
+    removed: dict[int, int]
+    """Removal version -> samples that went at it: they are in the tar, no reader gives them out."""
     weighted: int
     """Samples of a weight between 0 and 1."""
     sha256: str
     """Hash of the file."""
+
+    @property
+    def rows_removed(self) -> int:
+        """Samples that were removed, at whatever version."""
+        return sum(self.removed.values())
+
+    def rows_removed_until(self, version: int) -> int:
+        """Samples that were removed at a version or before it."""
+        return sum(rows for went, rows in self.removed.items() if went <= version)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +131,9 @@ class Manifest:
     """Reason -> rows in quarantine for it."""
     weights: dict[str, RowWeights] = field(default_factory=dict)
     """Shard number -> weights of its samples; in all other shards every sample has weight 1."""
+    removal_version: int = 0
+    """How many removals of live samples there were; with `shards_fingerprint`, all that the order
+    of a run's samples depends on."""
     tombstones_sha256: str | None = None
     """Hash of `tombstones.parquet`, if any sample was ever removed."""
     cluster_weights_sha256: str | None = None
@@ -145,8 +158,8 @@ class Manifest:
 
     @property
     def rows_removed(self) -> int:
-        """Samples of weight 0."""
-        return sum(some.removed for some in self.weights.values())
+        """Samples that were removed, at whatever version."""
+        return sum(some.rows_removed for some in self.weights.values())
 
     @property
     def rows_weighted(self) -> int:
@@ -163,6 +176,25 @@ class Manifest:
         """Rows in quarantine."""
         return sum(self.rejected.values())
 
+    def rows_live_at(self, version: int) -> int:
+        """Samples that were live at a removal version: an epoch of a run that began with it."""
+        return sum(self.live_counts_at(version))
+
+    def live_counts_at(self, version: int) -> list[int]:
+        """Count the samples of each shard that were live at a removal version.
+
+        Raises:
+            BadInput: The dataset is an older copy, which does not know that version.
+        """
+        if version > self.removal_version:
+            raise BadInput(
+                f"the dataset {self.fingerprint[:12]} has removal version {self.removal_version}, "
+                f"and {version} is needed, at which the run began: this is a copy of before a "
+                "removal. Give the dataset that the run began with, or a newer copy of it."
+            )
+        gone = {name: some.rows_removed_until(version) for name, some in self.weights.items()}
+        return [shard.count - gone.get(shard.number, 0) for shard in self.shards]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
@@ -174,10 +206,18 @@ class Encoding:
     """The shards that it was made from: the dataset's `shards_fingerprint`."""
     shards: tuple[ShardEntry, ...]
     """One per shard of the dataset, with equal numbers, keys and counts."""
+    bucket_counts: dict[str, list[NonNegativeInt]]
+    """'WIDTHxHEIGHT' of a picture -> samples of that size in each shard, in the order of `shards`;
+    without aspect buckets the square alone."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the encoders were, in words and numbers."""
     schema: int = SCHEMA
     """Version of this layout."""
+
+    @property
+    def bucket_totals(self) -> dict[str, int]:
+        """'WIDTHxHEIGHT' -> samples of that size in all shards."""
+        return {bucket: sum(counts) for bucket, counts in self.bucket_counts.items()}
 
 
 def save_manifest(dataset: Path, manifest: Manifest) -> None:
@@ -207,10 +247,15 @@ def load_manifest(dataset: Path) -> Manifest:
         )
     counts = {shard.number: shard.count for shard in manifest.shards}
     for number, some in manifest.weights.items():
-        if some.removed + some.weighted > counts.get(number, 0):
+        if some.rows_removed + some.weighted > counts.get(number, 0):
             raise BadInput(
-                f"{path} does not add up: {some.removed} samples removed and {some.weighted} "
+                f"{path} does not add up: {some.rows_removed} samples removed and {some.weighted} "
                 f"weighted of {counts.get(number, 0)} in shard {number}. {REPAIR}"
+            )
+        if some.removed and max(some.removed) > manifest.removal_version:
+            raise BadInput(
+                f"{path} does not add up: samples of shard {number} went at removal version "
+                f"{max(some.removed)}, the dataset's is {manifest.removal_version}. {REPAIR}"
             )
     return manifest
 
@@ -221,11 +266,24 @@ def save_encoding(dataset: Path, encoding: Encoding) -> None:
 
 
 def load_encoding(folder: Path) -> Encoding:
-    """Read the `encoding.json` of one encoding's folder."""
+    """Read the `encoding.json` of one encoding's folder.
+
+    Raises:
+        BadInput: There is none (the encoding is unfinished), or it does not add up.
+    """
     path = folder / ENCODING
     if not path.exists():
         raise BadInput(f"{folder} is no finished encoding: it has no {ENCODING}. {REPAIR_ENCODING}")
-    return _load(Encoding, path, REPAIR_ENCODING)
+    encoding = _load(Encoding, path, REPAIR_ENCODING)
+    expected = [shard.count for shard in encoding.shards]
+    found = [sum(counts) for counts in zip_longest(*encoding.bucket_counts.values(), fillvalue=0)]
+    if found != expected:
+        raise BadInput(
+            f"{path} does not add up: its bucket_counts have {sum(found)} samples in {len(found)} "
+            f"shards, need those of its shards one by one, {sum(expected)} in {len(expected)}. "
+            f"{REPAIR_ENCODING}"
+        )
+    return encoding
 
 
 def encoding_folder(dataset: Path, fingerprint: str) -> Path:

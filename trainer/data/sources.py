@@ -119,7 +119,7 @@ class _Shards:
         check_files(folder, entries)
         self._folder, self._entries = folder, entries
         self._dataset, self._weights = dataset, weights
-        dead = {number: some.removed for number, some in weights.items()}
+        dead = {number: some.rows_removed for number, some in weights.items()}
         self._counts = [entry.count - dead.get(entry.number, 0) for entry in entries]
         self._ends = np.cumsum(self._counts)
         self._open: dict[int, _OpenShard] = {}
@@ -157,7 +157,7 @@ class _Shards:
     def _open_shard(self, entry: ShardEntry) -> _OpenShard:
         weights = read_row_weights(self._dataset, entry, self._weights.get(entry.number))
         shard = Shard(entry.tar(self._folder), read_index(entry.index(self._folder)))
-        return _OpenShard(shard, weights, np.flatnonzero(weights))
+        return _OpenShard(shard, weights, np.flatnonzero(weights > 0))
 
 
 class LatentSource:

@@ -2,7 +2,8 @@
 
 `tombstones.parquet` and `weights.parquet` name samples by key, so they outlive every tar that is
 made again. From them and the indexes come `weights/00000.npy`, one number per row of a shard: all
-that a reader needs.
+that a reader needs. A removed row has minus the version at which it went, so that who began before
+that version still knows it as one that was live.
 """
 
 import json
@@ -25,8 +26,10 @@ from trainer.place import remove
 TOMBSTONES = "tombstones.parquet"
 CLUSTER_WEIGHTS = "weights.parquet"
 HISTORY = "history.jsonl"
-TOMBSTONE_SCHEMA = pa.schema([("key", pa.uint64()), ("url", pa.string()), ("why", pa.string())])
-"""Of a removed sample: its key, the URL that must not come back (null: it may), and why."""
+REMOVAL_SCHEMA = pa.schema([("key", pa.uint64()), ("url", pa.string()), ("why", pa.string())])
+"""Of a sample to remove: its key, the URL that must not come back (null: it may), and why."""
+TOMBSTONE_SCHEMA = REMOVAL_SCHEMA.append(pa.field("version", pa.int32()))
+"""Of a removed sample: the same, and the removal version at which it went."""
 WEIGHT_SCHEMA = pa.schema([("key", pa.uint64()), ("weight", pa.float32())])
 """Of a sample that counts less than 1: its key and its weight."""
 
@@ -43,7 +46,13 @@ def key_numbers(index: pa.Table) -> Uint64s:
 
 def read_tombstones(dataset: Path, columns: Iterable[str] | None = None) -> pa.Table:
     """Read who was removed, in order of keys; empty if nobody was."""
-    return _read(dataset / TOMBSTONES, TOMBSTONE_SCHEMA, columns)
+    names = list(columns or TOMBSTONE_SCHEMA.names)
+    table = _read(dataset / TOMBSTONES, TOMBSTONE_SCHEMA, names)
+    if "version" in names and "version" not in table.column_names:
+        # Written before removals had versions.
+        ones = np.ones(len(table), np.int32)
+        table = table.append_column("version", pa.array(ones)).select(names)
+    return table
 
 
 def read_cluster_weights(dataset: Path) -> pa.Table:
@@ -57,20 +66,24 @@ def removed_urls(dataset: Path) -> list[str]:
     return sorted(set(urls.drop_null().to_pylist()))
 
 
-def add_tombstones(dataset: Path, added: pa.Table) -> int:
+def add_tombstones(dataset: Path, added: pa.Table, *, version: int) -> int:
     """Remove more samples; none ever comes back. Publishes no manifest.
 
-    A sample that was removed before keeps its line, but one without a URL yields to one with.
+    A sample that was removed before keeps its version and its line, but a line without a URL yields
+    to one with.
 
     Args:
         dataset: The folder.
-        added: Of the schema `TOMBSTONE_SCHEMA`, in any order.
+        added: Of the schema `REMOVAL_SCHEMA`, in any order.
+        version: At which they go: one more than the manifest's if any of them is live.
 
     Returns:
         How many lines are new or new in kind.
     """
     before = read_tombstones(dataset)
-    both = pa.concat_tables([before, added.cast(TOMBSTONE_SCHEMA)])
+    versions = pa.array(np.full(len(added), version, np.int32))
+    new = added.cast(REMOVAL_SCHEMA).append_column("version", versions)
+    both = pa.concat_tables([before, new])
     order = pa.table(
         {
             "key": both["key"],
@@ -84,7 +97,14 @@ def add_tombstones(dataset: Path, added: pa.Table) -> int:
     chosen = order["idx"].to_numpy()[first]
     num_new = int((chosen >= len(before)).sum())
     if num_new:
-        _write(dataset / TOMBSTONES, both.take(pa.array(chosen)))
+        table = both.take(pa.array(chosen))
+        first_versions = table["version"].to_numpy().copy()
+        there, places = find_sorted(keys[first], before["key"].to_numpy())
+        first_versions[there] = before["version"].to_numpy()[places]
+        _write(
+            dataset / TOMBSTONES,
+            table.drop_columns("version").append_column("version", pa.array(first_versions)),
+        )
     return num_new
 
 
@@ -107,7 +127,8 @@ def weigh(
         manifest: Lists the shards; it is not saved.
         on_shard: Called with the rows of each shard when it is done.
     """
-    dead = np.sort(read_tombstones(dataset, ["key"])["key"].to_numpy())
+    tombstones = read_tombstones(dataset, ["key", "version"])
+    dead, versions = tombstones["key"].to_numpy(), tombstones["version"].to_numpy()
     lighter = read_cluster_weights(dataset)
     keys, weights = lighter["key"].to_numpy(), lighter["weight"].to_numpy()
     found: dict[str, RowWeights] = {}
@@ -118,7 +139,8 @@ def weigh(
             row_weights = np.ones(len(own), np.float32)
             there, places = find_sorted(own, keys)
             row_weights[there] = weights[places]
-            row_weights[find_sorted(own, dead)[0]] = 0
+            there, places = find_sorted(own, dead)
+            row_weights[there] = -versions[places]
             if (row_weights < 1).any():
                 found[shard.number] = _save_row_weights(path, row_weights)
         if shard.number not in found:
@@ -127,6 +149,7 @@ def weigh(
     return replace(
         manifest,
         weights=found,
+        removal_version=int(versions.max(initial=0)),
         tombstones_sha256=_sha256(dataset / TOMBSTONES),
         cluster_weights_sha256=_sha256(dataset / CLUSTER_WEIGHTS),
     )
@@ -155,7 +178,7 @@ def row_weights_path(dataset: Path, number: str) -> Path:
 def read_row_weights(
     dataset: Path, shard: ShardEntry, expected: RowWeights | None
 ) -> NDArray[np.float32]:
-    """Read what each sample of a shard counts: 0 for removed ones, 1 for most.
+    """Read what each sample of a shard counts: 1 for most, minus their version for removed ones.
 
     Raises:
         BadInput: The file is not the one that the manifest lists.
@@ -176,6 +199,27 @@ def read_row_weights(
     return weights
 
 
+def live_rows(weights: NDArray[np.float32], version: int) -> NDArray[np.int64]:
+    """Give the rows that were live at a removal version, those that were removed since among them.
+
+    Args:
+        weights: ``(rows,)`` of a shard, from `read_row_weights`.
+        version: 0 is before any removal.
+    """
+    return np.flatnonzero((weights > 0) | removed_since(weights, version))
+
+
+def removed_since(weights: NDArray[np.float32], version: int) -> NDArray[np.bool_]:
+    """Say of each row whether it was live at a removal version and is not now."""
+    return weights < -version
+
+
+def removed_by_version(weights: NDArray[np.float32]) -> dict[int, int]:
+    """Count the removed rows: removal version -> rows, in order of versions."""
+    versions, counts = np.unique(-weights[weights <= 0].astype(np.int64), return_counts=True)
+    return dict(zip(versions.tolist(), counts.tolist(), strict=True))
+
+
 def save_state(dataset: Path, manifest: Manifest, *, why: str, parent: str | None = None) -> None:
     """Save the manifest, and record in `history.jsonl` what its fingerprint came from, and why.
 
@@ -192,6 +236,7 @@ def save_state(dataset: Path, manifest: Manifest, *, why: str, parent: str | Non
         "fingerprint": manifest.fingerprint,
         "why": why,
         "rows_kept": manifest.rows_kept,
+        "removal_version": manifest.removal_version,
         "rows_removed": manifest.rows_removed,
         "rows_weighted": manifest.rows_weighted,
     }
@@ -204,9 +249,10 @@ def save_state(dataset: Path, manifest: Manifest, *, why: str, parent: str | Non
 def _save_row_weights(path: Path, weights: NDArray[np.float32]) -> RowWeights:
     with published(path) as partial, partial.open("wb") as file:
         np.lib.format.write_array(file, weights, version=(1, 0), allow_pickle=False)
-    removed = int((weights == 0).sum())
     return RowWeights(
-        removed=removed, weighted=int((weights < 1).sum()) - removed, sha256=file_sha256(path)
+        removed=removed_by_version(weights),
+        weighted=int(((weights > 0) & (weights < 1)).sum()),
+        sha256=file_sha256(path),
     )
 
 

@@ -98,10 +98,46 @@ def test_finished_encodings_are_listed(dataset):
         fingerprint="abc",
         dataset_fingerprint=manifest.fingerprint,
         shards=manifest.shards,
+        bucket_counts={"32x32": [1, 3], "48x24": [2, 0]},
         facts={"dtype": "float16"},
     )
     save_encoding(dataset, encoding)
     encoding_folder(dataset, "half-done").mkdir()
     assert list_encodings(dataset) == [encoding]
+    assert encoding.bucket_totals == {"32x32": 4, "48x24": 2}
     with pytest.raises(BadInput, match=r"no finished encoding.*kiln encode"):
         load_encoding(encoding_folder(dataset, "half-done"))
+
+
+@pytest.mark.parametrize(
+    ("buckets", "says"),
+    [
+        ({"32x32": [3, 2]}, "5 samples in 2 shards, need .*, 6 in 2"),
+        ({"32x32": [2, 4]}, "6 samples in 2 shards, need those of its shards one by one"),
+        ({"32x32": [3, 3], "48x24": [0, 0, 1]}, "7 samples in 3 shards"),
+        ({"32x32": [3]}, "3 samples in 1 shards"),
+        ({}, "0 samples in 0 shards"),
+        ({"32x32": [4, 3], "48x24": [-1, 0]}, "damaged: bucket_counts"),
+        (None, "damaged: bucket_counts Field required"),
+    ],
+)
+def test_an_encoding_whose_buckets_do_not_add_up_is_refused(dataset, buckets, says):
+    manifest = load_manifest(dataset)
+    save_encoding(
+        dataset,
+        Encoding(
+            fingerprint="abc",
+            dataset_fingerprint=manifest.fingerprint,
+            shards=manifest.shards,
+            bucket_counts={"32x32": [3, 3]},
+        ),
+    )
+    folder = encoding_folder(dataset, "abc")
+    assert load_encoding(folder).bucket_counts == {"32x32": [3, 3]}
+    content = json.loads((folder / "encoding.json").read_text())
+    content |= {"bucket_counts": buckets} if buckets is not None else {}
+    if buckets is None:
+        del content["bucket_counts"]
+    (folder / "encoding.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=f"{says}.* `kiln encode`"):
+        load_encoding(folder)

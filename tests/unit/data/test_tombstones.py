@@ -4,6 +4,7 @@ from itertools import islice
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,13 +16,16 @@ from trainer.data.shards import read_index
 from trainer.data.sources import LatentSource, PictureSource
 from trainer.data.stream import micro_batches
 from trainer.data.tombstones import (
+    REMOVAL_SCHEMA,
     TOMBSTONE_SCHEMA,
     WEIGHT_SCHEMA,
     add_tombstones,
     is_weighed,
     key_numbers,
+    live_rows,
     read_row_weights,
     read_tombstones,
+    removed_since,
     removed_urls,
     row_weights_path,
     save_cluster_weights,
@@ -49,12 +53,12 @@ def keys_of(dataset):
 
 def stones(keys, *, url=None, why="a request"):
     lines = [{"key": key, "url": url, "why": why} for key in keys]
-    return pa.Table.from_pylist(lines, TOMBSTONE_SCHEMA)
+    return pa.Table.from_pylist(lines, REMOVAL_SCHEMA)
 
 
 def remove(dataset, keys, **about):
     before = load_manifest(dataset)
-    add_tombstones(dataset, stones(keys, **about))
+    add_tombstones(dataset, stones(keys, **about), version=before.removal_version + 1)
     save_state(dataset, weigh(dataset, before), why="test", parent=before.fingerprint)
 
 
@@ -105,22 +109,83 @@ def test_the_removed_never_come_and_all_others_once_an_epoch(played, dead):
 
 @given(order=st.permutations(range(6)), cut=st.integers(1, 5))
 @settings(max_examples=15, deadline=None)
-def test_the_fingerprint_depends_on_who_was_removed_and_not_on_the_order(played, order, cut):
+def test_the_fingerprint_depends_on_who_went_at_which_version_and_nothing_else(played, order, cut):
     forget(played)
     untouched = load_manifest(played).fingerprint
     keys = keys_of(played)[3:9]
+    parts = [[keys[number] for number in part] for part in (order[:cut], order[cut:])]
     remove(played, keys)
-    at_once = load_manifest(played).fingerprint
-    assert at_once != untouched
+    at_once = load_manifest(played)
+    seen = {untouched, at_once.fingerprint}
+    for turned in (1, -1):
+        forget(played)
+        assert load_manifest(played).fingerprint == untouched
+        for part in parts:
+            remove(played, part[::turned], why=str(turned))
+            seen.add(load_manifest(played).fingerprint)
+        assert load_manifest(played).rows_live == at_once.rows_live
+    assert len(seen) == 4
 
+
+@given(numbers=st.lists(st.sets(st.integers(0, 19), max_size=6), max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_live_at_a_version_and_removed_until_then_are_all_and_each_version_has_less(
+    played, numbers
+):
     forget(played)
-    assert load_manifest(played).fingerprint == untouched
-    seen = {untouched}
-    for part in (order[:cut], order[cut:]):
-        remove(played, [keys[number] for number in part], why=str(cut))
-        seen.add(load_manifest(played).fingerprint)
-    assert load_manifest(played).fingerprint == at_once
-    assert len(seen) == 3
+    keys = keys_of(played)
+    epochs, gone = [set(keys)], set()
+    for some in numbers:
+        asked = {keys[number] for number in some}
+        if asked - gone:
+            remove(played, asked)
+            gone |= asked
+            epochs.append(set(keys) - gone)
+    manifest = load_manifest(played)
+    assert manifest.removal_version == len(epochs) - 1
+    for version, live in enumerate(epochs):
+        assert manifest.rows_live_at(version) == len(live)
+        found, since, counts = set(), set(), []
+        for shard in manifest.shards:
+            weights = read_row_weights(played, shard, manifest.weights.get(shard.number))
+            own = key_numbers(read_index(shard.index(played)))
+            rows = live_rows(weights, version)
+            counts.append(len(rows))
+            found |= set(own[rows].tolist())
+            since |= set(own[removed_since(weights, version)].tolist())
+        assert found == live
+        assert since == live - epochs[-1]
+        assert manifest.live_counts_at(version) == counts
+    assert manifest.rows_live == len(epochs[-1])
+
+
+def test_an_older_copy_does_not_know_the_version_of_a_later_run(dataset):
+    remove(dataset, keys_of(dataset)[:1])
+    manifest = load_manifest(dataset)
+    with pytest.raises(BadInput, match=r"has removal version 1, and 2 is needed, .* newer copy"):
+        manifest.live_counts_at(2)
+
+
+def test_what_was_never_live_is_live_at_no_version(dataset):
+    add_tombstones(dataset, stones(keys_of(dataset)[:2]), version=0)
+    manifest = weigh(dataset, load_manifest(dataset))
+    save_state(dataset, manifest, why="test")
+    assert manifest.removal_version == 0
+    assert manifest.rows_live == manifest.rows_live_at(0) == 18
+    weights = read_row_weights(dataset, manifest.shards[0], manifest.weights["00000"])
+    assert live_rows(weights, 0).tolist() == [2, 3, 4, 5, 6]
+
+
+def test_tombstones_of_before_versions_are_of_the_first(dataset):
+    keys = keys_of(dataset)
+    pq.write_table(stones(sorted(keys[:2])), dataset / "tombstones.parquet")
+    assert read_tombstones(dataset)["version"].to_pylist() == [1, 1]
+    assert read_tombstones(dataset).schema == TOMBSTONE_SCHEMA
+    assert read_tombstones(dataset, ["why"]).column_names == ["why"]
+    save_state(dataset, weigh(dataset, load_manifest(dataset)), why="test")
+    remove(dataset, keys[1:3])
+    assert read_tombstones(dataset)["version"].to_pylist() == [1, 1, 2]
+    assert load_manifest(dataset).weights["00000"].removed == {1: 2, 2: 1}
 
 
 def test_encodings_and_the_shards_own_name_outlive_a_removal(dataset):
@@ -134,11 +199,16 @@ def test_encodings_and_the_shards_own_name_outlive_a_removal(dataset):
 
 def test_removal_only_grows_and_a_line_with_a_url_wins(dataset):
     keys = keys_of(dataset)
-    assert add_tombstones(dataset, stones(keys[:2], why="first")) == 2
-    assert add_tombstones(dataset, stones(keys[1:3], why="second")) == 1
-    assert add_tombstones(dataset, stones(keys[:1], url="http://x/", why="taken down")) == 1
-    assert add_tombstones(dataset, stones(keys[:3], why="again")) == 0
+    taken_down = stones(keys[:1], url="http://x/", why="taken down")
+    assert add_tombstones(dataset, stones(keys[:2], why="first"), version=1) == 2
+    assert add_tombstones(dataset, stones(keys[1:3], why="second"), version=2) == 1
+    assert add_tombstones(dataset, taken_down, version=3) == 1
+    before = (dataset / "tombstones.parquet").read_bytes()
+    assert add_tombstones(dataset, stones(keys[:3], why="again"), version=4) == 0
+    assert (dataset / "tombstones.parquet").read_bytes() == before
     table = read_tombstones(dataset)
+    assert table.schema == TOMBSTONE_SCHEMA
+    assert table["version"].to_pylist() == [1, 1, 2]
     found = dict(zip(table["key"].to_pylist(), table["why"].to_pylist(), strict=True))
     assert found == {keys[0]: "taken down", keys[1]: "first", keys[2]: "second"}
     assert list(found) == sorted(found)
@@ -155,13 +225,14 @@ def test_history_says_where_each_state_came_from(dataset):
     assert [line["parent"] for line in lines] == [first, second]
     assert lines[-1]["fingerprint"] == load_manifest(dataset).fingerprint
     assert [line["rows_removed"] for line in lines] == [1, 2]
+    assert [line["removal_version"] for line in lines] == [1, 2]
 
 
-def test_weights_reach_the_batch_and_zero_wins(dataset):
+def test_weights_reach_the_batch_and_removal_wins(dataset):
     keys = keys_of(dataset)
     lines = [{"key": key, "weight": 1 / 3} for key in keys[:4]]
     save_cluster_weights(dataset, pa.Table.from_pylist(lines, WEIGHT_SCHEMA))
-    add_tombstones(dataset, stones(keys[3:5]))
+    add_tombstones(dataset, stones(keys[3:5]), version=1)
     manifest = weigh(dataset, load_manifest(dataset))
     save_state(dataset, manifest, why="test")
     assert is_weighed(dataset, load_manifest(dataset))
@@ -199,9 +270,17 @@ def test_a_manifest_that_removes_more_than_there_is_is_refused(dataset):
     remove(dataset, keys_of(dataset)[:1])
     path = dataset / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["weights"]["00000"]["removed"] = 8
+    manifest["weights"]["00000"]["removed"] = {"1": 8}
     path.write_text(json.dumps(manifest))
     with pytest.raises(BadInput, match="8 samples removed and 0 weighted of 7 in shard 00000"):
+        load_manifest(dataset)
+
+
+def test_a_manifest_whose_samples_went_at_a_later_version_than_its_own_is_refused(dataset):
+    remove(dataset, keys_of(dataset)[:1])
+    path = dataset / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"removal_version": 0}))
+    with pytest.raises(BadInput, match="shard 00000 went at removal version 1, the dataset's is 0"):
         load_manifest(dataset)
 
 

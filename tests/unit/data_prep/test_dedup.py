@@ -77,6 +77,8 @@ def test_of_each_cluster_the_largest_with_the_longest_caption_stays(dataset, cap
     assert after.shards == before.shards
     assert tree_hashes(dataset / "shards") == tars
     assert (after.rows_kept, after.rows_removed, after.rows_live) == (11, 3, 8)
+    assert (before.removal_version, after.removal_version) == (0, 1)
+    assert set(tombstones["version"].to_pylist()) == {1}
     counts, weights = live_keys(dataset)
     assert counts == Counter(all_keys(dataset) - DOOMED)
     assert weights is None
@@ -115,6 +117,7 @@ def test_the_weights_of_a_cluster_sum_to_one(dataset):
 
     after = load_manifest(dataset)
     assert (after.rows_removed, after.rows_weighted) == (0, 5)
+    assert after.removal_version == 0
     assert after.fingerprint != before.fingerprint
     counts, weights_B = live_keys(dataset)
     assert counts == Counter(all_keys(dataset))
@@ -124,6 +127,7 @@ def test_the_weights_of_a_cluster_sum_to_one(dataset):
     # A removal instead of the weights: none of them is left.
     assert run(config(dataset)) == 0
     assert load_manifest(dataset).rows_weighted == 0
+    assert load_manifest(dataset).removal_version == 1
     assert not (dataset / "weights.parquet").exists()
     assert verify(VerifyConfig(dataset=dataset)) == 0
 

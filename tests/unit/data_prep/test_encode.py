@@ -136,6 +136,7 @@ def test_the_facts_are_those_of_the_latents(encoded):
     batch = source.load(numbers, np.zeros_like(numbers))
     source.close()
     facts = encoding.facts
+    assert encoding.bucket_counts == {"16x16": [entry.count for entry in encoding.shards]}
     assert facts["latent_shape"] == list(batch.mean_BCHW.shape[1:])
     assert facts["text_width"] == batch.text_BLD.shape[2]
     mean, var = batch.mean_BCHW.double(), batch.logvar_BCHW.double().exp()
@@ -209,6 +210,18 @@ def test_a_half_finished_encoding_goes_on(encoded, tmp_path):
     (folder / ".00001.tar.partial").write_bytes(b"half")
     assert encode.run(cfg) == 0
     assert content(cfg.dataset) == content(encoded.dataset)
+
+
+def test_an_encoding_of_before_bucket_counts_gets_them_and_keeps_its_tars(encoded, tmp_path):
+    cfg = copy_of(encoded, tmp_path)
+    _, folder = only_encoding(cfg.dataset)
+    path, before = folder / "encoding.json", (folder / "00000.tar").stat().st_mtime_ns
+    old = json.loads(path.read_text())
+    del old["bucket_counts"]
+    path.write_text(json.dumps(old))
+    assert encode.run(cfg) == 0
+    assert content(cfg.dataset) == content(encoded.dataset)
+    assert (folder / "00000.tar").stat().st_mtime_ns == before
 
 
 def test_a_changed_shard_is_encoded_anew_and_a_vanished_one_goes(encoded, tmp_path):
@@ -460,15 +473,12 @@ def test_each_picture_is_encoded_at_its_bucket(bucketed):
 
 def test_buckets_are_counted_and_named(bucketed):
     encoding, folder = only_encoding(bucketed[0].dataset)
-    counts = encoding.facts["pictures_by_bucket"]
-    assert len(counts) > 2
-    assert sum(counts.values()) == 40
-    seen = [
-        name
-        for entry in encoding.shards
-        for name in read_index(entry.index(folder))["bucket"].to_pylist()
-    ]
-    assert counts == {name: seen.count(name) for name in set(seen)}
+    assert len(encoding.bucket_counts) > 2
+    assert sum(encoding.bucket_totals.values()) == 40
+    seen = [read_index(entry.index(folder))["bucket"].to_pylist() for entry in encoding.shards]
+    assert encoding.bucket_counts == {
+        name: [shard.count(name) for shard in seen] for name in sorted(set().union(*seen))
+    }
     assert encoding.facts["buckets"] == BUCKETS
     assert encoding.facts["latent_shape"] == [4, 8, 8]
 

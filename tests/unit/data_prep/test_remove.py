@@ -1,9 +1,11 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep import remove
 from data_prep.config import VerifyConfig
 from data_prep.config_curate import DedupConfig, RemoveConfig
 from data_prep.dedup import run as dedup
@@ -67,6 +69,8 @@ def test_what_is_asked_by_key_url_and_hash_goes_and_the_rest_stays(dataset, tmp_
     assert dead(dataset) == {keys[0], keys[1], other["key"][0].as_py()}
     assert set(removed_urls(dataset)) == {url_of(dataset, key) for key in dead(dataset)}
     assert after.rows_removed == 3
+    assert (before.removal_version, after.removal_version) == (0, 1)
+    assert [some.removed for some in after.weights.values()] == [{1: 2}, {1: 1}]
     assert after.rows_in == after.rows_kept + after.rows_rejected
     assert tree_hashes(dataset / "shards") == tars
     assert verify(VerifyConfig(dataset=dataset)) == 0
@@ -74,6 +78,7 @@ def test_what_is_asked_by_key_url_and_hash_goes_and_the_rest_stays(dataset, tmp_
     said = json.loads(proof.read_text())
     assert said["fingerprint_before"] == before.fingerprint != after.fingerprint
     assert said["fingerprint_after"] == after.fingerprint
+    assert said["removal_version"] == 1
     for line in said["samples"]:
         table = read_index(dataset / "index" / f"{line['shard'][7:12]}.parquet")
         assert table["key"][line["row"]].as_py() == line["key"]
@@ -111,6 +116,7 @@ def test_a_row_that_was_not_stored_is_found_in_the_plan_and_stays_out(dataset, c
     assert "1 not stored, and will not be; the fingerprint stays" in capsys.readouterr().out
     assert dead(dataset) == {row.key}
     assert load_manifest(dataset).fingerprint == before.fingerprint
+    assert load_manifest(dataset).removal_version == 0
     assert verify(VerifyConfig(dataset=dataset)) == 0
 
 
@@ -131,19 +137,74 @@ def test_the_page_of_duplicates_does_not_outlive_its_pictures(tmp_path):
     assert removed_urls(dataset) == ["https://example.com/1-95-96.jpg"]
 
 
-def test_a_removal_that_was_cut_short_is_finished_by_the_same_command(dataset, monkeypatch):
-    words = (f"keys=[{index(dataset)['key'][0].as_py()}]",)
+def versions(dataset):
+    table = read_tombstones(dataset)
+    return {
+        f"{key:016x}": version
+        for key, version in zip(table["key"].to_pylist(), table["version"].to_pylist(), strict=True)
+    }
+
+
+def test_each_removal_of_live_samples_raises_the_version_and_the_first_stays(dataset):
+    first, second, third = index(dataset)["key"].to_pylist()[:3]
+    row = next(read_quarantine(quarantine_path(dataset, "00000")))
+    for asked, version in (([first], 1), ([first], 1), ([first, second], 2), ([row.key], 2)):
+        assert run(config(dataset, f"keys=[{','.join(asked)}]")) == 0
+        assert load_manifest(dataset).removal_version == version
+    assert run(config(dataset, f"urls=['{url_of(dataset, third)}']", f"keys=[{row.key}]")) == 0
+    assert versions(dataset) == {first: 1, second: 2, row.key: 2, third: 3}
+    manifest = load_manifest(dataset)
+    assert manifest.weights["00000"].removed == {1: 1, 2: 1, 3: 1}
+    live = [manifest.rows_live_at(version) for version in range(4)]
+    assert live == [manifest.rows_kept - gone for gone in range(4)]
+    lines = [json.loads(line) for line in (dataset / "history.jsonl").read_text().splitlines()]
+    assert [line["removal_version"] for line in lines] == [0, 1, 2, 3]
+    assert verify(VerifyConfig(dataset=dataset)) == 0
+
+
+@pytest.mark.parametrize("step", ["add_tombstones", "weigh", "save_state"])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_removal_that_was_cut_short_is_finished_by_the_same_command(
+    dataset, tmp_path, monkeypatch, step, done
+):
+    whole = shutil.copytree(dataset, tmp_path / "whole")
+    first, second = index(dataset)["key"].to_pylist()[:2]
+    for folder in (dataset, whole):
+        assert run(config(folder, f"keys=[{first}]")) == 0
+    words = (f"keys=[{first},{second}]",)
+    assert run(config(whole, *words)) == 0
+    real = getattr(remove, step)
+
+    def killed(*given, **named):
+        if done:
+            real(*given, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remove, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(dataset, *words))
+    assert run(config(dataset, *words)) == 0
+    assert load_manifest(dataset).removal_version == 2
+    assert tree_hashes(dataset) == tree_hashes(whole)
+    assert verify(VerifyConfig(dataset=dataset)) == 0
+
+
+def test_what_comes_after_a_removal_that_was_cut_short_finishes_it(published, dataset, monkeypatch):
+    first, second = index(dataset)["key"].to_pylist()[:2]
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.remove.weigh", killed)
+        patch.setattr(remove, "weigh", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(config(dataset, *words))
+            run(config(dataset, f"keys=[{first}]"))
     assert load_manifest(dataset).rows_removed == 0
-    assert run(config(dataset, *words)) == 0
-    assert load_manifest(dataset).rows_removed == 1
+    assert prepare(replace(published, dataset=dataset)) == 0
+    assert load_manifest(dataset).weights["00000"].removed == {1: 1}
+    assert run(config(dataset, f"keys=[{second}]")) == 0
+    assert load_manifest(dataset).weights["00000"].removed == {1: 1, 2: 1}
     assert verify(VerifyConfig(dataset=dataset)) == 0
 
 
@@ -187,6 +248,7 @@ def test_more_rows_keep_the_tars_and_the_tombstones_and_bring_nothing_back(
     assert tree_hashes(dataset / "shards").items() > tars.items()
     assert new.rows_removed == old.rows_removed == urls.count(url)
     assert new.rejected["removed"] == 1
+    assert (new.removal_version, new.weights) == (1, old.weights)
     assert new.rows_in == new.rows_kept + new.rows_rejected
     assert new.tombstones_sha256 == old.tombstones_sha256
     lines = [json.loads(line) for line in (dataset / "history.jsonl").read_text().splitlines()]
@@ -204,6 +266,7 @@ def test_more_rows_keep_the_tars_and_the_tombstones_and_bring_nothing_back(
     assert key not in index(dataset)["key"].to_pylist()
     assert again.rejected["removed"] == 2
     assert again.rows_live == new.rows_live
+    assert again.removal_version == 1
     assert verify(VerifyConfig(dataset=dataset)) == 0
     with pytest.raises(BadInput, match="rows with removed are never tried again"):
         prepare(prepare_cfg(served, dataset, f"rows={rows}", "retry=[removed]"))
@@ -222,6 +285,16 @@ def test_verify_names_tombstones_and_weights_that_do_not_fit(dataset, capsys):
     assert verify(VerifyConfig(dataset=dataset)) == 1
     assert "no readable parquet" in capsys.readouterr().out
     tombstones.write_bytes(content)
+    path = dataset / "manifest.json"
+    manifest = path.read_text()
+    other = json.loads(manifest) | {"removal_version": 2}
+    other["weights"]["00000"]["removed"] = {"2": 1}
+    path.write_text(json.dumps(other))
+    assert verify(VerifyConfig(dataset=dataset)) == 1
+    said = capsys.readouterr().out
+    assert "manifest.json has removal version 2, tombstones.parquet has 1" in said
+    assert "manifest.json counts other removals in shard 00000 than" in said
+    path.write_text(manifest)
     (dataset / "weights" / "00000.npy").write_bytes(b"")
     assert verify(VerifyConfig(dataset=dataset)) == 1
     assert "00000.npy is not what the manifest said" in capsys.readouterr().out

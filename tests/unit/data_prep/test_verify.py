@@ -99,21 +99,28 @@ def test_a_count_that_differs_is_found(dataset, capsys):
     assert sum("rows, the manifest says" in line for line in found) == 2
 
 
-def test_encodings_must_have_the_keys_and_the_fingerprint_of_the_dataset(dataset, capsys):
+def test_encodings_must_have_the_keys_and_fingerprint_of_the_dataset_and_their_own_buckets(
+    dataset, capsys
+):
     manifest = load_manifest(dataset)
     folder = encoding_folder(dataset, "abc")
 
-    def encode(skip, fingerprint):
+    def encode(skip, fingerprint, bucket="8x8"):
         entries = []
         for shard in manifest.shards:
             keys = read_index(shard.index(dataset))["key"].to_pylist()[skip:]
-            samples = (Sample(key, {"latent.npy": b"x"}) for key in keys)
+            samples = (Sample(key, {"latent.npy": b"x"}, {"bucket": bucket}) for key in keys)
             name = f"{shard.number}.tar"
             write_shard(folder / name, folder / "index" / f"{shard.number}.parquet", samples)
             entries.append(describe_shard(folder, name, len(keys)))
         save_encoding(
             dataset,
-            Encoding(fingerprint="abc", dataset_fingerprint=fingerprint, shards=tuple(entries)),
+            Encoding(
+                fingerprint="abc",
+                dataset_fingerprint=fingerprint,
+                shards=tuple(entries),
+                bucket_counts={"8x8": [entry.count for entry in entries]},
+            ),
         )
 
     encode(0, manifest.fingerprint)
@@ -121,6 +128,10 @@ def test_encodings_must_have_the_keys_and_the_fingerprint_of_the_dataset(dataset
     encode(0, "another")
     (found,) = problems(dataset, capsys)
     assert "another state of the dataset" in found
+    encode(0, manifest.fingerprint, bucket="16x4")
+    found = problems(dataset, capsys)
+    assert len(found) == len(manifest.shards)
+    assert all("has other buckets than" in line for line in found)
     encode(1, manifest.fingerprint)
     found = problems(dataset, capsys)
     assert len(found) == len(manifest.shards)
