@@ -12,7 +12,22 @@ def tiny_config(**changes: Any) -> TrainConfig:
         "run": "runs/tiny",
         "seed": 1,
         "total_images": 64,
-        "data": {"dataset": "none", "prefetch_batches": 2},
+        "data": {
+            "dataset": "none",
+            "weight": 1.0,
+            "mix": [],
+            "reader": "kiln",
+            "epoch_images": None,
+            "order": "shards",
+            "canonical_streams": None,
+            "window_shards": 2,
+            "ending": "roll",
+            "threads": 1,
+            "prefetch_batches": 2,
+            "cache": None,
+            "cache_gb": 1.0,
+            "max_bad_frac": 0.01,
+        },
         "encoders": {
             "autoencoder": {"kind": "kl", "path": "none"},
             "text": {

@@ -9,9 +9,11 @@ from types import TracebackType
 import psutil
 
 from trainer.config import TrainConfig
+from trainer.feed import Feed
 from trainer.frozen import thaw
 from trainer.loop import Progress, StepFacts
 from trainer.observe.energy import open_meters
+from trainer.observe.jsonl import JsonLines
 from trainer.observe.ledger import Ledger
 from trainer.observe.meters import Throughput
 from trainer.observe.sinks import Sinks
@@ -20,6 +22,10 @@ from trainer.runtime.checkpoint import TrainState, save
 from trainer.runtime.comm import Comm
 from trainer.runtime.ema import Ema
 from trainer.runtime.fragments import FragmentReader
+
+
+STREAM = "stream.jsonl"
+"""In a run's folder: where its stream went on at the beginning of each attempt."""
 
 
 class Accounts:
@@ -106,6 +112,7 @@ class Bookkeeper:
         """Open the accounts on rank 0."""
         self._run, self._keep_last = Path(cfg.run), cfg.checkpoint.keep_last
         self._plan, self._comm = plan, comm
+        self._attempt, self._seed = attempt, cfg.seed
         self._accounts = (
             Accounts(self._run, cfg, plan, attempt=attempt, launcher_pid=launcher_pid)
             if comm.rank == 0
@@ -120,11 +127,11 @@ class Bookkeeper:
         *,
         shapes: dict[str, list[int]],
         fingerprints: tuple[str, str],
-        seed: int,
+        feed: Feed,
     ) -> None:
         """Take what checkpoints consist of; fingerprints are the dataset's and the encoding's."""
         self._fragments, self._ema, self._shapes = fragments, ema, shapes
-        self._fingerprints, self._seed = fingerprints, seed
+        self._fingerprints, self._feed = fingerprints, feed
 
     @contextmanager
     def span(self, bucket: str) -> Iterator[None]:
@@ -138,7 +145,20 @@ class Bookkeeper:
         """Training starts or goes on from `progress`."""
         self._saved_step = progress.step
         if self._accounts:
+            self._record_stream(progress)
             self._accounts.begin(progress)
+
+    def _record_stream(self, progress: Progress) -> None:
+        """Write down which samples all later steps take: what `kiln order` reads."""
+        row = {
+            "attempt": self._attempt,
+            "step": progress.step,
+            "global_batch_images": self._plan.images_per_step,
+            "stream": self._feed.to_json(progress.stream),
+        }
+        record = JsonLines(self._run / STREAM)
+        record.append([row])
+        record.close()
 
     def after_step(self, progress: Progress, facts: StepFacts) -> None:
         """Log the step; save when due."""
@@ -152,7 +172,14 @@ class Bookkeeper:
         if progress.step == self._saved_step:
             return
         dataset, encoding = self._fingerprints
-        state = TrainState(progress.step, progress.images_seen, self._seed, dataset, encoding)
+        state = TrainState(
+            step=progress.step,
+            images_seen=progress.images_seen,
+            seed=self._seed,
+            dataset_fingerprint=dataset,
+            encoding_fingerprint=encoding,
+            stream=self._feed.to_json(progress.stream),
+        )
         with self.span("checkpoint_stall"):
             save(
                 self._run / "checkpoints",

@@ -18,19 +18,17 @@ from trainer.config import (
     TrainConfig,
     VpConfig,
 )
-from trainer.data.manifest import encoding_folder, load_manifest
-from trainer.data.sources import LatentSource, PictureSource, Source
-from trainer.data.stream import micro_batches
+from trainer.data.manifest import encoding_folder
+from trainer.data.opening import Dataset
 from trainer.diffusion.process import Process, RectifiedFlow, VpScaledLinear
-from trainer.encoded import matching_encoding
-from trainer.errors import BadInput
+from trainer.feed import Feed, find_datasets, open_feed
 from trainer.loop import Objective, Parts, Progress
 from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
 from trainer.objectives import LatentObjective, ReconstructionObjective
-from trainer.place import place, read_bytes
+from trainer.place import read_bytes
 from trainer.plan import Plan
-from trainer.runtime.checkpoint import load, newest_valid, read_state
+from trainer.runtime.checkpoint import TrainState, load, newest_valid, read_state
 from trainer.runtime.comm import Comm
 from trainer.runtime.ema import Ema
 from trainer.runtime.engine import Engine
@@ -46,7 +44,7 @@ class Built:
     engine: Engine
     ema: Ema
     objective: Objective
-    source: Source
+    feed: Feed
     shapes: dict[str, list[int]]
     """Full shape of every trained parameter."""
     fingerprints: tuple[str, str]
@@ -54,35 +52,34 @@ class Built:
 
     def start(self, progress: Progress) -> Parts:
         """Begin reading where `progress` stands."""
-        batches = micro_batches(
-            self.source,
-            images_seen=progress.images_seen,
-            seed=self.cfg.seed,
-            rank=self.comm.rank,
-            world=self.comm.world,
-            global_batch_images=self.cfg.batch.global_batch_images,
-            micro_batch_images=self.cfg.batch.micro_batch_images,
-            prefetch_batches=self.cfg.data.prefetch_batches,
-        )
         return Parts(
             plan=self.plan,
+            total_images=self.cfg.total_images,
             engine=self.engine,
             ema=self.ema,
             objective=self.objective,
-            batches=batches,
+            batches=self.feed.batches(progress.stream),
+            advance=self.feed.advance,
             learning_rate=learning_rate(self.cfg.optim, self.cfg.total_images),
             comm=self.comm,
         )
 
 
-def build(cfg: TrainConfig, plan: Plan, comm: Comm) -> Built:
-    """Assemble a run on this rank, at its beginning; `restore` brings it further."""
-    manifest = load_manifest(place(cfg.data.dataset))
+def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) -> Built:
+    """Assemble a run on this rank, at its beginning; `restore` brings it further.
+
+    Args:
+        cfg: Of the run.
+        plan: Of the run.
+        comm: All ranks build together.
+        trained: Where its checkpoint stands, if there is one.
+    """
+    datasets = find_datasets(cfg)
     model = build_model(cfg)
     if isinstance(cfg.model, AutoencoderModelConfig):
-        objective, source, encoding = *_first_stage(cfg, comm), ""
+        objective, encoding = _first_stage(cfg), ""
     else:
-        objective, source, encoding = _second_stage(cfg, comm)
+        objective, encoding = _second_stage(cfg, datasets[0], comm)
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     engine = Engine(model.to(comm.device), cfg, plan, comm)
     ema = Ema(
@@ -97,35 +94,32 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm) -> Built:
         engine=engine,
         ema=ema,
         objective=objective,
-        source=source,
+        feed=open_feed(cfg, datasets, comm, trained.stream if trained else None),
         shapes=shapes,
-        fingerprints=(manifest.fingerprint, encoding),
+        fingerprints=(datasets[0].manifest.fingerprint, encoding),
     )
 
 
-def restore(built: Built, run: Path, progress: Progress) -> None:
-    """Load the newest valid checkpoint, if there is one, and move `progress` to it.
+def find_checkpoint(run: Path, comm: Comm) -> Path | None:
+    """Find the newest valid checkpoint; rank 0 alone re-hashes, and all get the one it found."""
+    root = run / "checkpoints"
+    folder = newest_valid(root) if comm.rank == 0 else None
+    step = int(comm.from_rank_0(float(read_state(folder).step if folder else -1)))
+    return None if step < 0 else root / f"step_{step:08d}"
+
+
+def restore(built: Built, folder: Path | None) -> Progress:
+    """Load a checkpoint, if there is one; say where training stands.
 
     Raises:
         BadInput: The checkpoint was trained on other data.
     """
-    comm, root = built.comm, run / "checkpoints"
-    # Rank 0 alone re-hashes; all load the one it found.
-    folder = newest_valid(root) if comm.rank == 0 else None
-    step = int(comm.from_rank_0(float(read_state(folder).step if folder else -1)))
-    if step < 0:
-        return
-    folder = root / f"step_{step:08d}"
-    trained_on = read_state(folder)
-    was = (trained_on.dataset_fingerprint, trained_on.encoding_fingerprint)
-    if was != built.fingerprints:
-        raise BadInput(
-            f"{folder} was trained on dataset and encoding {was}, data.dataset now has "
-            f"{built.fingerprints}: the order of the samples would not continue. Give the dataset "
-            "it was trained on, or another run=."
-        )
-    state = load(folder, built.engine.fragments, built.ema)
-    progress.step, progress.images_seen = state.step, state.images_seen
+    if folder is None:
+        return Progress(built.feed.begin(None))
+    state = read_state(folder)
+    stream = built.feed.begin(state.stream)
+    load(folder, built.engine.fragments, built.ema)
+    return Progress(stream, state.step, state.images_seen)
 
 
 def build_model(cfg: TrainConfig) -> nn.Module:
@@ -170,11 +164,10 @@ def learning_rate(cfg: OptimConfig, total_images: int) -> Callable[[int], float]
     return rate
 
 
-def _first_stage(cfg: TrainConfig, comm: Comm) -> tuple[Objective, Source]:
+def _first_stage(cfg: TrainConfig) -> Objective:
     assert isinstance(cfg.objective, ReconstructionConfig)
     assert isinstance(cfg.model, AutoencoderModelConfig)
-    dataset, side_px = place(cfg.data.dataset), cfg.encoders.image_side_px
-    objective = ReconstructionObjective(
+    return ReconstructionObjective(
         seed=cfg.seed,
         latent_channels=cfg.model.latent_channels,
         pixels_per_latent=2 ** (len(cfg.model.block_channels) - 1),
@@ -183,19 +176,17 @@ def _first_stage(cfg: TrainConfig, comm: Comm) -> tuple[Objective, Source]:
         crop_side_px=cfg.objective.crop_side_px,
         whole_frac=cfg.objective.whole_frac,
     )
-    source = PictureSource(dataset, load_manifest(dataset), side_px=side_px, device=comm.device)
-    return objective, source
 
 
-def _second_stage(cfg: TrainConfig, comm: Comm) -> tuple[Objective, Source, str]:
+def _second_stage(cfg: TrainConfig, dataset: Dataset, comm: Comm) -> tuple[Objective, str]:
     assert isinstance(cfg.objective, FlowConfig | VpConfig)
-    dataset = place(cfg.data.dataset)
-    encoding = matching_encoding(cfg, load_manifest(dataset))
+    encoding = dataset.encoding
+    assert encoding is not None
 
     def numbers(values: list[float]) -> Tensor:
         return torch.tensor(values, device=comm.device)
 
-    null_text_file = encoding_folder(dataset, encoding.fingerprint) / "null_text.npy"
+    null_text_file = encoding_folder(dataset.folder, encoding.fingerprint) / "null_text.npy"
     null_text = np.load(BytesIO(read_bytes(null_text_file)), allow_pickle=False)
     objective = LatentObjective(
         build_process(cfg.objective),
@@ -205,5 +196,4 @@ def _second_stage(cfg: TrainConfig, comm: Comm) -> tuple[Objective, Source, str]
         null_text_LD=torch.from_numpy(null_text).float().to(comm.device),
         caption_dropout=cfg.objective.caption_dropout,
     )
-    source = LatentSource(dataset, encoding, device=comm.device)
-    return objective, source, encoding.fingerprint
+    return objective, encoding.fingerprint

@@ -1,20 +1,20 @@
 """Which of a dataset's encodings a configuration means; latents of other encoders are refused."""
 
+from pathlib import Path
+
 from trainer.config import TrainConfig
 from trainer.data.manifest import Encoding, Manifest, list_encodings
 from trainer.errors import BadInput
 from trainer.models.fingerprint import identify
-from trainer.place import place
 
 
-def matching_encoding(cfg: TrainConfig, manifest: Manifest) -> Encoding:
-    """Find the encoding made by exactly `cfg.encoders` from exactly this dataset.
+def matching_encoding(cfg: TrainConfig, dataset: Path, manifest: Manifest) -> Encoding:
+    """Find the encoding of a dataset made by exactly `cfg.encoders` from exactly its shards.
 
     Raises:
         BadInput: There is none, it is of an older state of the dataset, or it does not fit the
             network.
     """
-    dataset = place(cfg.data.dataset)
     wanted = identify(cfg.encoders).fingerprint
     found = {encoding.fingerprint: encoding for encoding in list_encodings(dataset)}
     encode = f"kiln encode dataset={dataset} (with the same autoencoder=, text= and encoders.*)"

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from trainer.data.sources import LatentBatch, PictureBatch
+from trainer.data.sources import Batch
+from trainer.data.stream import State
 from trainer.errors import BadWorld
 from trainer.plan import Plan
 from trainer.runtime.comm import Comm
@@ -16,7 +17,6 @@ from trainer.runtime.ema import Ema
 from trainer.runtime.engine import Engine
 from trainer.runtime.signals import StopFlag
 
-Batch = LatentBatch | PictureBatch
 Objective = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -24,6 +24,8 @@ Objective = Callable[[nn.Module, Batch], Tensor]
 class Progress:
     """Counted in images; the only state that changes while training besides the tensors."""
 
+    stream: State
+    """Where the data stream goes on."""
     step: int = 0
     images_seen: int = 0
 
@@ -52,10 +54,13 @@ class Parts:
     """Everything the loop needs, assembled by `trainer.build`."""
 
     plan: Plan
+    total_images: int
     engine: Engine
     ema: Ema
     objective: Objective
     batches: Iterator[Batch]
+    advance: Callable[[State], State]
+    """State of the stream before a step -> behind it."""
     learning_rate: Callable[[int], float]
     """Images seen -> rate."""
     comm: Comm
@@ -68,7 +73,7 @@ def train(parts: Parts, progress: Progress, stop: StopFlag, observer: Observer) 
         BadWorld: The loss is not finite; all ranks agree and stop.
     """
     plan, engine, comm = parts.plan, parts.engine, parts.comm
-    while progress.step < plan.total_steps:
+    while progress.images_seen < parts.total_images:
         rate = parts.learning_rate(progress.images_seen)
         engine.set_learning_rate(rate)
         loss_sum = 0.0
@@ -82,6 +87,7 @@ def train(parts: Parts, progress: Progress, stop: StopFlag, observer: Observer) 
 
         progress.step += 1
         progress.images_seen += plan.images_per_step
+        progress.stream = parts.advance(progress.stream)
         parts.ema.update(images_per_step=plan.images_per_step, images_seen=progress.images_seen)
         # One small collective a step: the loss over all ranks, and whether any was told to stop.
         total, stopping = comm.sum([loss_sum, float(stop.received is not None)])

@@ -28,8 +28,13 @@ class Plan:
     """Per rank: fp32 master weights, two AdamW moments and the EMA."""
 
 
-def make_plan(cfg: TrainConfig) -> Plan:
+def make_plan(cfg: TrainConfig, *, step: int = 0, images_seen: int = 0) -> Plan:
     """Derive a run's numbers, or refuse it with values that would work.
+
+    Args:
+        cfg: Of the run.
+        step: Where it stands; steps before may have had another size.
+        images_seen: Images of the steps before.
 
     Raises:
         BadInput: The batch does not divide, or weights and optimizer cannot fit on the device.
@@ -57,7 +62,7 @@ def make_plan(cfg: TrainConfig) -> Plan:
         num_ranks=num_ranks,
         accumulation_steps=accumulation_steps,
         images_per_step=batch,
-        total_steps=-(-cfg.total_images // batch),
+        total_steps=step + max(0, -(-(cfg.total_images - images_seen) // batch)),
         checkpoint_every_steps=max(1, round(cfg.checkpoint.every_images / batch)),
         weights_gib=weights,
         states_gib=states,

@@ -4,15 +4,17 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 from trainer.command import run_command
 from trainer.config import TrainConfig
-from trainer.data.manifest import load_manifest
+from trainer.data.manifest import check_files
+from trainer.data.opening import open_readers
 from trainer.data.publish import publish_json
-from trainer.encoded import matching_encoding
 from trainer.errors import BadInput
+from trainer.feed import begin, find_datasets, find_law, weights_of
 from trainer.place import place, storage
 from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
@@ -34,24 +36,26 @@ def run(cfg: TrainConfig) -> int:
             "machine give cluster=local."
         )
     folder = Path(cfg.run)
-    dataset = place(cfg.data.dataset)
-    with storage(dataset):
-        manifest = load_manifest(dataset)
-        if cfg.model.kind != "autoencoder_kl":
-            matching_encoding(cfg, manifest)
-    with locked(folder):
-        changed = freeze_config(folder, cfg)
-        for line in changed:
-            log.warning("changed since the run began: %s", line)
-        if _finished(folder, plan):
-            log.info("%s: nothing to do, all %d steps are done", folder, plan.total_steps)
-            return 0
-        return _start(folder, cfg, plan)
-
-
-def _finished(folder: Path, plan: Plan) -> bool:
-    newest = newest_valid(folder / "checkpoints")
-    return newest is not None and read_state(newest).step >= plan.total_steps
+    with ExitStack() as stack:
+        for where in (cfg.data.dataset, *(other.dataset for other in cfg.data.mix)):
+            stack.enter_context(storage(place(where)))
+        datasets = find_datasets(cfg)
+        law = find_law(cfg, datasets, None)
+        with locked(folder):
+            for line in freeze_config(folder, cfg):
+                log.warning("changed since the run began: %s", line)
+            newest = newest_valid(folder / "checkpoints")
+            if newest is None:
+                for reader in open_readers(datasets, law):
+                    check_files(reader.folder, reader.entries)
+                return _start(folder, cfg, plan)
+            state = read_state(newest)
+            begin(find_law(cfg, datasets, state.stream), weights_of(cfg.data), state.stream)
+            if state.images_seen >= cfg.total_images:
+                log.info("%s: nothing to do, all %d steps are done", folder, state.step)
+                return 0
+            plan = make_plan(cfg, step=state.step, images_seen=state.images_seen)
+            return _start(folder, cfg, plan)
 
 
 def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.bookkeeping import Bookkeeper
-from trainer.build import build, restore
+from trainer.build import build, find_checkpoint, restore
 from trainer.config import TrainConfig
 from trainer.errors import BadInput, BadWorld
 from trainer.frozen import read_yaml
-from trainer.loop import Progress, train
+from trainer.loop import train
 from trainer.place import place, storage_errors
-from trainer.plan import make_plan
+from trainer.plan import Plan, make_plan
+from trainer.runtime.checkpoint import complete, read_state
 from trainer.runtime.comm import Comm
 from trainer.runtime.env import read_rank_env
 from trainer.runtime.local import die_with_parent, launcher_pid
@@ -25,11 +26,20 @@ from trainer.runtime.signals import EXIT_REQUEUE, StopFlag
 log = logging.getLogger(__name__)
 
 
+def plan_from(cfg: TrainConfig, run: Path) -> Plan:
+    """Plan the rest of a run that may have taken steps of another size before."""
+    there = complete(run / "checkpoints")
+    state = read_state(there[-1]) if there else None
+    if state is None:
+        return make_plan(cfg)
+    return make_plan(cfg, step=state.step, images_seen=state.images_seen)
+
+
 def work(run: Path) -> int:
     """Train the run as one of its ranks; return 0 when it is done, 85 when it should continue."""
     stop = StopFlag()
     cfg = read_yaml(TrainConfig, run / "config.yaml")
-    env, plan = read_rank_env(), make_plan(cfg)
+    env, plan = read_rank_env(), plan_from(cfg, run)
     comm = Comm(env, cfg.cluster.device)
     with (
         storage_errors(place(cfg.data.dataset)),
@@ -38,16 +48,17 @@ def work(run: Path) -> int:
         if env.rank == 0:
             for leftover in (run / "checkpoints").glob(".*.partial"):
                 shutil.rmtree(leftover)
-        built = build(cfg, plan, comm)
-        progress = Progress()
         with books.span("restore"):
-            restore(built, run, progress)
+            checkpoint = find_checkpoint(run, comm)
+        built = build(cfg, plan, comm, read_state(checkpoint) if checkpoint else None)
+        with books.span("restore"):
+            progress = restore(built, checkpoint)
         books.watch(
             built.engine.fragments,
             built.ema,
             shapes=built.shapes,
             fingerprints=built.fingerprints,
-            seed=cfg.seed,
+            feed=built.feed,
         )
         if env.rank == 0:
             log.info(

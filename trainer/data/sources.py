@@ -1,38 +1,27 @@
-"""Samples by number: latents with text states from an encoding, or pictures from a dataset."""
+"""Samples by position of the stream: latents with text states, or pictures, as batches."""
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.manifest import (
-    Encoding,
-    Manifest,
-    RowWeights,
-    ShardEntry,
-    check_files,
-    encoding_folder,
-    load_manifest,
-)
-from trainer.data.shards import Shard, read_index
-from trainer.data.tombstones import read_row_weights
-from trainer.errors import BadInput
+from trainer.data.decode import decode_square
+from trainer.data.quarantine import Quarantine
+from trainer.data.reader import Place, Reader
+from trainer.data.stream import Law, Slots
+from trainer.errors import BadData, BadInput
 from trainer.place import NUM_REQUESTS, is_local
 
 # Shape suffixes: B samples, C latent channels, H W rows and columns, L text tokens, D text width.
 
 _CPU = torch.device("cpu")
-_PICTURES = ("jpg", "png", "webp")
-
-T = TypeVar("T")
+PICTURES = ("jpg", "jpeg", "png", "webp")
+MAX_REDRAWS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,248 +58,231 @@ class PictureBatch:
     """fp32 weights of the losses; None: all are 1."""
 
 
+Batch = LatentBatch | PictureBatch
+
+
 class Source(Protocol):
     """What a stream reads from."""
 
-    num_samples: int
+    samples: "Samples"
 
-    def load(
-        self, samples: NDArray[np.int64], visits: NDArray[np.int64]
-    ) -> LatentBatch | PictureBatch:
-        """Read the given samples."""
-
-    def close(self) -> None:
-        """Close the files."""
+    def load(self, slots: Slots) -> Batch:
+        """Read the samples of some slots of one step."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a sample lies, and what it counts."""
+class Samples:
+    """The datasets of a stream, and what becomes of samples that cannot be read."""
 
-    shard: Shard
-    row: int
-    weight: float
+    def __init__(self, law: Law, readers: Sequence[Reader], quarantine: Quarantine) -> None:
+        """Take a reader for each member of the law.
 
-    @property
-    def key(self) -> str:
-        return self.shard.keys[self.row]
+        Raises:
+            BadInput: Nothing is left of them.
+        """
+        self.law, self.readers, self._quarantine = law, tuple(readers), quarantine
+        # Remote and not cached, all the time goes into waiting for answers.
+        waits = any(r.cache is None and not is_local(r.folder) for r in readers)
+        self._threads = ThreadPoolExecutor(NUM_REQUESTS) if waits else None
 
+    def read(self, slots: Slots, read: Callable[[int, Place], None]) -> list[Place]:
+        """Read every sample of some slots, or one in its place if it is bad or was removed.
 
-@dataclass(frozen=True, slots=True)
-class _OpenShard:
-    shard: Shard
-    weights: NDArray[np.float32]
-    """Of all rows."""
-    live: NDArray[np.int64]
-    """Rows that were not removed."""
+        Args:
+            slots: Of one step.
+            read: Takes a slot's number and a place; BadData is how it says that it cannot.
 
+        Returns:
+            The places that were read.
+        """
+        self._quarantine.saw(len(slots.positions))
+        first: dict[int, tuple[int, Place | BadData]] = {}
+        for member, reader in enumerate(self.readers):
+            mine = np.flatnonzero(slots.members == member)
+            if len(mine):
+                rows, _ = self.law.orders[member][slots.bucket].at(slots.positions[mine])
+                found = zip(rows.tolist(), reader.find(slots.bucket, rows), strict=True)
+                first |= zip(mine.tolist(), found, strict=True)
 
-class _Shards:
-    """All shards of one folder as one row of live samples; opened when first met."""
+        def settle(number: int) -> Place:
+            return self._settle(slots, number, *first[number], read)
 
-    def __init__(
-        self,
-        folder: Path,
-        entries: tuple[ShardEntry, ...],
-        *,
-        dataset: Path,
-        weights: Mapping[str, RowWeights],
-    ) -> None:
-        check_files(folder, entries)
-        self._folder, self._entries = folder, entries
-        self._dataset, self._weights = dataset, weights
-        dead = {number: some.rows_removed for number, some in weights.items()}
-        self._counts = [entry.count - dead.get(entry.number, 0) for entry in entries]
-        self._ends = np.cumsum(self._counts)
-        self._open: dict[int, _OpenShard] = {}
-        self.num_samples = int(self._ends[-1])
-        # Remote, all the time goes into waiting for answers.
-        self._threads = None if is_local(folder) else ThreadPoolExecutor(NUM_REQUESTS)
-        self.weighted = any(some.weighted for some in weights.values())
-        if not self.num_samples:
-            raise BadInput(f"all samples of {dataset} were removed: nothing is left to train on.")
+        return list((self._threads.map if self._threads else map)(settle, range(len(first))))
 
-    def read(self, places: Sequence[_Place], read: Callable[[Shard, int], T]) -> list[T]:
-        """Read something of every sample; remote ones at the same time."""
-        shards, rows = [place.shard for place in places], [place.row for place in places]
-        return list((self._threads.map if self._threads else map)(read, shards, rows))
+    def visits(self, slots: Slots) -> Tensor:
+        """Say how often each sample was seen before: (B,) int64."""
+        visits = np.empty_like(slots.positions)
+        for member, orders in enumerate(self.law.orders):
+            mine = slots.members == member
+            if mine.any():
+                visits[mine] = slots.positions[mine] // orders[slots.bucket].num_rows
+        return torch.from_numpy(visits)
 
-    def find(self, sample: int) -> _Place:
-        """Find the live sample of a number."""
-        number = int(np.searchsorted(self._ends, sample, side="right"))
-        if number not in self._open:
-            self._open[number] = self._open_shard(self._entries[number])
-        opened = self._open[number]
-        row = int(opened.live[sample - self._ends[number] + self._counts[number]])
-        return _Place(opened.shard, row, float(opened.weights[row]))
-
-    def weights(self, places: list[_Place]) -> Tensor | None:
-        """Give the weights of a batch; None if those of the whole dataset are 1."""
-        return torch.tensor([place.weight for place in places]) if self.weighted else None
+    def weights(self, places: Sequence[Place]) -> Tensor | None:
+        """Give the weights of a batch; None if those of all datasets are 1."""
+        if not any(reader.weighted for reader in self.readers):
+            return None
+        return torch.tensor([float(place.shard.weights[place.row]) for place in places])
 
     def close(self) -> None:
-        for opened in self._open.values():
-            opened.shard.close()
+        """Close all files."""
+        for reader in self.readers:
+            reader.close()
         if self._threads:
             self._threads.shutdown()
 
-    def _open_shard(self, entry: ShardEntry) -> _OpenShard:
-        weights = read_row_weights(self._dataset, entry, self._weights.get(entry.number))
-        shard = Shard(entry.tar(self._folder), read_index(entry.index(self._folder)))
-        return _OpenShard(shard, weights, np.flatnonzero(weights > 0))
+    def _settle(
+        self,
+        slots: Slots,
+        number: int,
+        row: int,
+        place: Place | BadData,
+        read: Callable[[int, Place], None],
+    ) -> Place:
+        member = int(slots.members[number])
+        for attempt in range(1, MAX_REDRAWS + 1):
+            try:
+                if isinstance(place, BadData):
+                    raise place
+                if not place.shard.gone[place.row]:
+                    read(number, place)
+                    return place
+            except BadData as error:
+                self._record(member, slots.bucket, row, place, error)
+            order = self.law.orders[member][slots.bucket]
+            rows = order.redrawn(slots.positions[number : number + 1], attempt)
+            row, place = int(rows[0]), self.readers[member].find(slots.bucket, rows)[0]
+        raise BadInput(
+            f"{MAX_REDRAWS} samples in a row of {self.law.members[member].name} were bad or "
+            "removed: nothing is left in this window to put in their place. Begin another run= "
+            "on what is left, or repair the dataset (`kiln verify` finds what is damaged)."
+        )
+
+    def _record(
+        self, member: int, bucket: str, row: int, place: Place | BadData, error: BadData
+    ) -> None:
+        self._quarantine.add(
+            dataset=self.law.members[member].name,
+            shard=self.readers[member].shard_name(bucket, row),
+            key=place.shard.key(place.row) if isinstance(place, Place) else f"number {row}",
+            why=str(error),
+        )
 
 
 class LatentSource:
-    """Reads `KEY.latent.npy` and `KEY.text.npy` of one encoding."""
+    """Reads `KEY.latent.npy` and `KEY.text.npy` of encodings."""
 
-    def __init__(self, dataset: Path, encoding: Encoding, *, device: torch.device = _CPU) -> None:
-        """Open the sidecar tars of `encoding` for reading by position, batches to `device`.
+    def __init__(self, samples: Samples, *, device: torch.device = _CPU) -> None:
+        """Read from the encodings of datasets, batches to `device`."""
+        self.samples, self._device = samples, device
+        # Bucket -> shape of its latents, and the width of text states, once they were met.
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._text_width = 0
 
-        Raises:
-            BadInput: The encoding has latents of several sizes, or files are missing.
-        """
-        if encoding.facts.get("buckets"):
-            raise BadInput(
-                f"the encoding {encoding.fingerprint} of {dataset} has aspect buckets "
-                "(encoders.buckets), and training stacks latents of one size. Give encoders.buckets"
-                "=null to `kiln encode` and to this command: both encodings can lie side by side."
-            )
-        self._device = device
-        self._shards = _Shards(
-            encoding_folder(dataset, encoding.fingerprint),
-            encoding.shards,
-            dataset=dataset,
-            weights=load_manifest(dataset).weights,
-        )
-        self.num_samples = self._shards.num_samples
-
-    def load(self, samples: NDArray[np.int64], visits: NDArray[np.int64]) -> LatentBatch:
+    def load(self, slots: Slots) -> LatentBatch:
         """Read latents and text states; shorter captions are padded to the batch's longest."""
-        places = [self._shards.find(int(sample)) for sample in samples]
-        latents = np.stack(self._shards.read(places, _latents))
-        texts = self._shards.read(places, _text)
-        moments_B2CHW = torch.from_numpy(latents).float()
-        text_BLD, mask_BL = pad_texts([torch.from_numpy(text) for text in texts])
+        size, shape = len(slots.positions), self._shapes.get(slots.bucket)
+        latents: NDArray[np.float16] | None = np.empty((size, *shape), "<f2") if shape else None
+        loose: list[NDArray[Any] | None] = [None] * size
+        texts: list[NDArray[np.float16] | None] = [None] * size
+
+        def read(number: int, place: Place) -> None:
+            out = None if latents is None else latents[number]
+            array = place.shard.read_array(place.row, "latent.npy", out)
+            if array is not out:
+                expected = shape or array.shape
+                if array.dtype != np.float16 or array.ndim != 4 or array.shape != expected:
+                    raise BadData(
+                        f"{place.shard.name(place.row, 'latent.npy')} is {array.dtype} "
+                        f"{array.shape}, needs float16 {expected}."
+                    )
+                loose[number] = array
+            texts[number] = self._read_text(place)
+
+        places = self.samples.read(slots, read)
+        latents = self._stack(slots.bucket, latents, loose)
+        text_BLD, mask_BL = stack_texts([text for text in texts if text is not None])
+        moments_B2CHW = torch.from_numpy(latents).to(self._device).float()
         return LatentBatch(
             ids_B=_ids(places).to(self._device),
-            visits_B=torch.from_numpy(visits).to(self._device),
-            mean_BCHW=moments_B2CHW[:, 0].to(self._device),
-            logvar_BCHW=moments_B2CHW[:, 1].to(self._device),
-            text_BLD=text_BLD.to(self._device),
+            visits_B=self.samples.visits(slots).to(self._device),
+            mean_BCHW=moments_B2CHW[:, 0],
+            logvar_BCHW=moments_B2CHW[:, 1],
+            text_BLD=text_BLD.to(self._device).float(),
             text_mask_BL=mask_BL.to(self._device),
-            weights_B=_to(self._shards.weights(places), self._device),
+            weights_B=_to(self.samples.weights(places), self._device),
         )
 
-    def close(self) -> None:
-        """Close the tars."""
-        self._shards.close()
+    def _read_text(self, place: Place) -> NDArray[np.float16]:
+        width, num_bytes = self._text_width, place.shard.size_bytes(place.row, "text.npy")
+        tokens, rest = divmod(num_bytes - 128, 2 * width) if width else (0, 1)
+        out = np.empty((tokens, width), "<f2") if not rest and tokens > 0 else None
+        text = place.shard.read_array(place.row, "text.npy", out)
+        if text.dtype != np.float16 or text.ndim != 2 or (width and text.shape[1] != width):
+            raise BadData(
+                f"{place.shard.name(place.row, 'text.npy')} is {text.dtype} {text.shape}, needs "
+                f"float16 (tokens, {width or 'width'})."
+            )
+        self._text_width = text.shape[1]
+        return text
+
+    def _stack(
+        self,
+        bucket: str,
+        latents: NDArray[np.float16] | None,
+        loose: Sequence[NDArray[Any] | None],
+    ) -> NDArray[np.float16]:
+        """Put together what was read into its place and what was not."""
+        if latents is None:
+            latents = np.stack([array for array in loose if array is not None])
+            self._shapes[bucket] = latents.shape[1:]
+            return latents
+        for number, array in enumerate(loose):
+            if array is not None:
+                latents[number] = array
+        return latents
 
 
 class PictureSource:
-    """Reads and decodes the pictures of a dataset."""
+    """Reads and decodes the pictures of datasets."""
 
-    def __init__(
-        self, dataset: Path, manifest: Manifest, *, side_px: int, device: torch.device = _CPU
-    ) -> None:
-        """Open the dataset's tars; pictures are resized and centre-cropped to `side_px`."""
-        self._device = device
-        self._shards = _Shards(dataset, manifest.shards, dataset=dataset, weights=manifest.weights)
-        self._side_px = side_px
-        self.num_samples = self._shards.num_samples
+    def __init__(self, samples: Samples, *, side_px: int, device: torch.device = _CPU) -> None:
+        """Read from datasets; pictures are resized and centre-cropped to `side_px`."""
+        self.samples, self._side_px, self._device = samples, side_px, device
 
-    def load(self, samples: NDArray[np.int64], visits: NDArray[np.int64]) -> PictureBatch:
+    def load(self, slots: Slots) -> PictureBatch:
         """Read and decode pictures."""
-        places = [self._shards.find(int(sample)) for sample in samples]
-        pictures = np.stack(self._shards.read(places, self._picture))
-        pictures_BHWC = torch.from_numpy(pictures).to(self._device)
+        side_px = self._side_px
+        pictures_BHWC = np.empty((len(slots.positions), side_px, side_px, 3), np.uint8)
+
+        def read(number: int, place: Place) -> None:
+            row, shard = place.row, place.shard
+            extension = next((ext for ext in PICTURES if shard.size_bytes(row, ext) >= 0), "jpg")
+            content, name = shard.read(row, extension), shard.name(row, extension)
+            pictures_BHWC[number] = decode_square(content, side_px, name=name)
+
+        places = self.samples.read(slots, read)
+        pictures = torch.from_numpy(pictures_BHWC).to(self._device)
         return PictureBatch(
             ids_B=_ids(places).to(self._device),
-            visits_B=torch.from_numpy(visits).to(self._device),
-            pictures_BCHW=pictures_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0,
-            weights_B=_to(self._shards.weights(places), self._device),
+            visits_B=self.samples.visits(slots).to(self._device),
+            pictures_BCHW=pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0,
+            weights_B=_to(self.samples.weights(places), self._device),
         )
 
-    def close(self) -> None:
-        """Close the tars."""
-        self._shards.close()
 
-    def _picture(self, shard: Shard, row: int) -> NDArray[np.uint8]:
-        extension = next(ext for ext in shard.extensions(row) if ext in _PICTURES)
-        content = shard.read(row, extension)
-        return decode_square(content, self._side_px, name=f"{shard.keys[row]}.{extension}")
-
-
-def decode_square(content: bytes, side_px: int, *, name: str) -> NDArray[np.uint8]:
-    """Decode a picture, resize its shorter side and crop the centre.
-
-    Args:
-        content: JPEG, PNG or WebP.
-        side_px: Side of the result.
-        name: Named in the error.
-
-    Returns:
-        ``(side_px, side_px, 3)`` RGB.
-
-    Raises:
-        BadInput: The bytes are no picture.
-    """
-    return cover(decode_bgr(content, name=name), side_px, side_px).rgb_HWC
+def stack_texts(texts: Sequence[NDArray[np.float16]]) -> tuple[Tensor, Tensor]:
+    """Stack ``(L_i, D)`` text states to fp16 ``(B, L, D)``, zero-padded, and a mask ``(B, L)``."""
+    lengths = np.array([len(text) for text in texts])
+    out = np.empty((len(texts), lengths.max(), texts[0].shape[1]), np.float16)
+    for row, text in zip(out, texts, strict=True):
+        row[: len(text)] = text
+        row[len(text) :] = 0
+    mask = np.arange(out.shape[1])[None] < lengths[:, None]
+    return torch.from_numpy(out), torch.from_numpy(mask)
 
 
-def decode_bgr(content: bytes, *, name: str) -> NDArray[np.uint8]:
-    """Decode a JPEG, PNG or WebP to ``(H, W, 3)`` BGR; `name` is for the error."""
-    bgr: NDArray[np.uint8] | None = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    if bgr is None:
-        raise BadInput(f"{name} does not decode as a picture; `kiln verify` re-hashes its tar.")
-    return bgr
-
-
-class Covered(NamedTuple):
-    """A picture that was resized to cover a box, and cut to it."""
-
-    rgb_HWC: NDArray[np.uint8]
-    top: int
-    """First row of the crop in the resized picture."""
-    left: int
-    """First column."""
-
-
-def cover(bgr_HWC: NDArray[np.uint8], width_px: int, height_px: int) -> Covered:
-    """Resize a picture until it just covers a box, and crop the centre."""
-    height, width = bgr_HWC.shape[:2]
-    scale = max(width_px / width, height_px / height)
-    if scale != 1:
-        size = (max(width_px, round(width * scale)), max(height_px, round(height * scale)))
-        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        bgr_HWC = cv2.resize(bgr_HWC, size, interpolation=how)
-    top, left = (bgr_HWC.shape[0] - height_px) // 2, (bgr_HWC.shape[1] - width_px) // 2
-    crop = bgr_HWC[top : top + height_px, left : left + width_px, ::-1]
-    return Covered(np.ascontiguousarray(crop).astype(np.uint8, copy=False), top, left)
-
-
-def pad_texts(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack ``(L_i, D)`` text states to fp32 ``(B, L, D)`` and a bool mask ``(B, L)``."""
-    text_BLD = torch.nn.utils.rnn.pad_sequence([t.float() for t in texts], batch_first=True)
-    lengths_B = torch.tensor([len(text) for text in texts])
-    return text_BLD, torch.arange(text_BLD.shape[1])[None] < lengths_B[:, None]
-
-
-def _latents(shard: Shard, row: int) -> NDArray[np.float16]:
-    return _npy(shard.read(row, "latent.npy"))
-
-
-def _text(shard: Shard, row: int) -> NDArray[np.float16]:
-    return _npy(shard.read(row, "text.npy"))
-
-
-def _npy(content: bytes) -> NDArray[np.float16]:
-    array: NDArray[np.float16] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    return array
-
-
-def _ids(places: list[_Place]) -> Tensor:
-    keys = np.array([int(place.key, 16) for place in places], dtype=np.uint64)
-    return torch.from_numpy(keys.view(np.int64))
+def _ids(places: Sequence[Place]) -> Tensor:
+    return torch.tensor([int(place.shard.ids[place.row]) for place in places], dtype=torch.int64)
 
 
 def _to(weights_B: Tensor | None, device: torch.device) -> Tensor | None:

@@ -35,6 +35,8 @@ class TrainState:
     seed: int
     dataset_fingerprint: str
     encoding_fingerprint: str
+    stream: dict[str, Any]
+    """Where the data stream goes on: `trainer.data.stream.to_json`."""
 
 
 def save(

@@ -10,8 +10,22 @@ from trainer.config import TrainConfig
 from trainer.errors import BadInput
 from trainer.frozen import differences, read_yaml, thaw, write_yaml
 
-# What may differ between attempts without changing which numbers are computed in which order.
-_MAY_CHANGE = ("cluster.", "checkpoint.", "logging.", "engine.", "data.prefetch_batches", "total_")
+# What may differ between attempts: where and how fast is computed, and from here on which samples
+# make a step, but never the order of a dataset's samples.
+_MAY_CHANGE = (
+    "batch.",
+    "checkpoint.",
+    "cluster.",
+    "data.cache",
+    "data.max_bad_frac",
+    "data.mix",  # its weights; that it has other datasets the stream refuses
+    "data.prefetch_batches",
+    "data.threads",
+    "data.weight",
+    "engine.",
+    "logging.",
+    "total_",
+)
 
 
 @contextmanager

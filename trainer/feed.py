@@ -1,0 +1,153 @@
+"""From the config of a run to the stream of its samples."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from trainer.config import DataConfig, TrainConfig
+from trainer.data import stream
+from trainer.data.cache import Cache
+from trainer.data.loader import Pace, micro_batches
+from trainer.data.manifest import load_manifest
+from trainer.data.opening import Dataset, Layout, make_law, open_readers
+from trainer.data.quarantine import Quarantine
+from trainer.data.sources import Batch, LatentSource, PictureSource, Samples, Source
+from trainer.data.stream import Law, State
+from trainer.encoded import matching_encoding
+from trainer.place import place
+from trainer.runtime.comm import Comm
+
+
+class Feed(Protocol):
+    """Where the loop's batches come from."""
+
+    def begin(self, saved: Mapping[str, Any] | None) -> State:
+        """Stand where a saved state says, or at the first sample."""
+
+    def advance(self, state: State) -> State:
+        """Stand behind the next global step."""
+
+    def to_json(self, state: State) -> dict[str, Any]:
+        """Describe a state."""
+
+    def batches(self, state: State) -> Iterator[Batch]:
+        """Yield this rank's micro-batches from `state` on."""
+
+
+@dataclass(frozen=True)
+class KilnFeed:
+    """The exact stream."""
+
+    source: Source
+    weights: tuple[float, ...]
+    pace: Pace
+
+    @property
+    def law(self) -> Law:
+        """What the order depends on."""
+        return self.source.samples.law
+
+    def begin(self, saved: Mapping[str, Any] | None) -> State:
+        """Stand where a saved state says, with the weights of the config."""
+        return begin(self.law, self.weights, saved)
+
+    def advance(self, state: State) -> State:
+        """Stand behind the next global step."""
+        return stream.advance(self.law, state, self.pace.global_batch_images)
+
+    def to_json(self, state: State) -> dict[str, Any]:
+        """Describe a state in less than 1 kB."""
+        return stream.to_json(self.law, state)
+
+    def batches(self, state: State) -> Iterator[Batch]:
+        """Yield this rank's micro-batches."""
+        return micro_batches(self.source, state, self.pace)
+
+
+def find_datasets(cfg: TrainConfig) -> list[Dataset]:
+    """Read the manifests of a run's datasets, and find the encodings that its encoders made.
+
+    Raises:
+        BadInput: A dataset is not there, or has no latents of these encoders.
+    """
+    found = []
+    for where in (cfg.data.dataset, *(other.dataset for other in cfg.data.mix)):
+        folder = place(where)
+        manifest = load_manifest(folder)
+        pictures = cfg.model.kind == "autoencoder_kl"
+        encoding = None if pictures else matching_encoding(cfg, folder, manifest)
+        found.append(Dataset(folder, manifest, encoding))
+    return found
+
+
+def find_law(
+    cfg: TrainConfig, datasets: Sequence[Dataset], saved: Mapping[str, Any] | None
+) -> Law:
+    """Fix the order of a run's samples, as a saved state of it counts them.
+
+    Raises:
+        BadInput: The config asks for an order that cannot be had.
+    """
+    layout = Layout(
+        seed=cfg.seed,
+        mode=cfg.data.order,
+        streams=cfg.data.canonical_streams,
+        window_shards=cfg.data.window_shards,
+        ending=cfg.data.ending,
+    )
+    versions = stream.removal_versions(saved) if saved else None
+    if versions is not None and len(versions) != len(datasets):
+        versions = None  # `begin` says what is wrong
+    law = make_law(datasets, layout, removal_versions=versions)
+    stream.check_step(law, cfg.batch.global_batch_images)
+    return law
+
+
+def begin(law: Law, weights: Sequence[float], saved: Mapping[str, Any] | None) -> State:
+    """Stand where a saved state says, with these weights from here on, or at the first sample."""
+    if saved is None:
+        return stream.begin(law, weights)
+    return stream.remix(law, stream.from_json(law, saved), weights)
+
+
+def weights_of(cfg: DataConfig) -> tuple[float, ...]:
+    """List the weights of the datasets."""
+    return (cfg.weight, *(other.weight for other in cfg.mix))
+
+
+def open_cache(cfg: DataConfig) -> Cache | None:
+    """Open the node's cache, if the config has one."""
+    if cfg.cache is None:
+        return None
+    return Cache(Path(cfg.cache).expanduser(), max_bytes=int(cfg.cache_gb * 1e9))
+
+
+def open_feed(
+    cfg: TrainConfig, datasets: Sequence[Dataset], comm: Comm, saved: Mapping[str, Any] | None
+) -> KilnFeed:
+    """Open the stream on one rank."""
+    law = find_law(cfg, datasets, saved)
+    quarantine = Quarantine(
+        Path(cfg.run) / "quarantine" / f"rank_{comm.rank:05d}.jsonl",
+        max_bad_frac=cfg.data.max_bad_frac,
+    )
+    samples = Samples(law, open_readers(datasets, law, cache=open_cache(cfg.data)), quarantine)
+    source = _source(cfg, samples, comm.device)
+    pace = Pace(
+        rank=comm.rank,
+        world=comm.world,
+        global_batch_images=cfg.batch.global_batch_images,
+        micro_batch_images=cfg.batch.micro_batch_images,
+        threads=cfg.data.threads,
+        prefetch_batches=cfg.data.prefetch_batches,
+    )
+    return KilnFeed(source, weights_of(cfg.data), pace)
+
+
+def _source(cfg: TrainConfig, samples: Samples, device: torch.device) -> Source:
+    if cfg.model.kind == "autoencoder_kl":
+        return PictureSource(samples, side_px=cfg.encoders.image_side_px, device=device)
+    return LatentSource(samples, device=device)
