@@ -35,7 +35,7 @@ def published(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     if is_local(path):
-        _sync_folder(folder)
+        sync_folder(folder)
     else:
         partial.unlink()
 
@@ -62,7 +62,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     # A rename is durable only once the folder that holds the name is on disk.
     handle = os.open(folder, os.O_RDONLY)
     try:
