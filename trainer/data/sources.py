@@ -22,7 +22,7 @@ from trainer.data.manifest import (
     encoding_folder,
     load_manifest,
 )
-from trainer.data.shards import Shard, read_index
+from trainer.data.shards import Shard, key_ids, read_index
 from trainer.data.tombstones import read_row_weights
 from trainer.errors import BadInput
 from trainer.place import NUM_REQUESTS, is_local
@@ -309,8 +309,7 @@ def _npy(content: bytes) -> NDArray[np.float16]:
 
 
 def _ids(places: list[_Place]) -> Tensor:
-    keys = np.array([int(place.key, 16) for place in places], dtype=np.uint64)
-    return torch.from_numpy(keys.view(np.int64))
+    return torch.from_numpy(key_ids([place.key for place in places]))
 
 
 def _to(weights_B: Tensor | None, device: torch.device) -> Tensor | None:
