@@ -197,6 +197,30 @@ class VerifyConfig:
 
 
 @config
+class IndexConfig:
+    """`kiln index`."""
+
+    tars: str
+    """Which tars: a folder, a glob, or a path or URL with braces: s3://bucket/{00000..00099}.tar.
+    The dataset has these and no others; more of them next time only add shards."""
+    dataset: Place
+    """Folder or URL to make, for indexes and a manifest; the tars stay where they are."""
+    keys: Literal["as_is", "by_tar"]
+    """as_is: a sample's key is its name in the tar; by_tar: its shard's number and a slash before
+    it, where other tars have the same names. The key is what `kiln remove` and all randomness of
+    training know a sample by."""
+    hash: bool
+    """Read every tar in full, and record its hash; else that of its headers."""
+    skip_bytes: NonNegativeInt
+    """Of remote tars: contents of at least so many bytes are skipped with a new request; smaller
+    ones are read along, as requests cost time and money, too. 0 reads headers alone."""
+    threads: PositiveInt
+    """Tars at the same time."""
+    accept_broken: bool
+    """Make the dataset without the tars that are cut, missing or none."""
+
+
+@config
 class ServeConfig:
     """`kiln serve`."""
 

@@ -121,4 +121,4 @@ def _load(shard: Shard, row: int, boxes: Sequence[Box]) -> Loaded:
         "crop_top": covered.top,
         "crop_left": covered.left,
     }
-    return Loaded(key, covered.rgb_HWC, shard.read(row, "txt").decode(), columns)
+    return Loaded(key, covered.rgb_HWC, shard.caption(row), columns)

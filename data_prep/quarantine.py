@@ -21,6 +21,7 @@ class Reason(StrEnum):
 
     MISSING_URL = "missing_url"
     MISSING_CAPTION = "missing_caption"
+    MISSING_PICTURE = "missing_picture"
     DUPLICATE = "duplicate"
     SCHEME_REFUSED = "scheme_refused"
     ADDRESS_REFUSED = "address_refused"
@@ -120,7 +121,7 @@ class Rejected:
     url: str | None
     """As the source has it."""
     stage: str
-    """'source' (never fetched), 'download', 'decode' or 'score'."""
+    """'source' (never fetched), 'download', 'decode', 'score', or 'index' (in a foreign tar)."""
     reason: str
     """A Reason, or http_<code>."""
     detail: str

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -14,6 +15,7 @@ from data_prep.config import VerifyConfig
 from data_prep.prepare import print_yield
 from data_prep.quarantine import Reason, read_quarantine
 from trainer.command import run_command
+from trainer.data.index import Window, scan_foreign, with_prefix
 from trainer.data.manifest import (
     ENCODING,
     MANIFEST,
@@ -25,7 +27,7 @@ from trainer.data.manifest import (
     load_manifest,
 )
 from trainer.data.publish import file_sha256
-from trainer.data.shards import Shard, read_index
+from trainer.data.shards import Shard, key_ids, read_index
 from trainer.data.tombstones import (
     CLUSTER_WEIGHTS,
     REPAIR_WEIGHTS,
@@ -41,6 +43,9 @@ from trainer.observe.countdown import Countdown
 from trainer.place import open_sparsely, storage
 
 REPAIR = "Give its `kiln prepare` command again with recheck=hashes: it replaces what is wrong."
+REPAIR_INDEX = (
+    "Its tar is not Kiln's: put it back as it was, or give the `kiln index` command again."
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -89,12 +94,14 @@ def shard_problems(
         repair: What to do about a problem.
     """
     tar, index_path = entry.tar(folder), entry.index(folder)
+    whole = entry.content_sha256 is not None
+    repair = repair if entry.at is None else REPAIR_INDEX
     try:
         index = read_index(index_path, repair=repair)
-        with Shard(tar, index, whole=True, repair=repair) as shard:
-            scanned = shard.scan()
+        with Shard(tar, index, whole=whole, repair=repair) as shard:
+            scanned, headers_sha256 = scan_like(entry, shard, repair=repair)
             for path, got, expected in (
-                (tar, shard.sha256(), entry.sha256),
+                (tar, shard.sha256() if whole else headers_sha256, entry.sha256),
                 (index_path, file_sha256(index_path), entry.index_sha256),
             ):
                 if got != expected:
@@ -117,6 +124,16 @@ def shard_problems(
                 yield from image_problems(shard, index, repair=repair)
     except BadInput as error:
         yield str(error)
+
+
+def scan_like(entry: ShardEntry, shard: Shard, *, repair: str) -> tuple[pa.Table, str]:
+    """Make the member part of a shard's index from its tar; the hash of foreign headers besides."""
+    if entry.at is None:
+        return shard.scan(), ""
+    scan = scan_foreign(Window(shard.blob), repair=repair)
+    by_tar = with_prefix(scan.index, entry.number)
+    same = by_tar["key"].to_pylist() == shard.keys
+    return by_tar if same else scan.index, scan.sha256
 
 
 def image_problems(shard: Shard, index: pa.Table, *, repair: str) -> Iterator[str]:
@@ -195,7 +212,8 @@ def weight_problems(dataset: Path, manifest: Manifest, keys: dict[str, list[str]
                 f"{dataset / MANIFEST} counts other removals in shard {shard.number} than "
                 f"{row_weights_path(dataset, shard.number)} has. {REPAIR_WEIGHTS}"
             )
-        wanted = [due.get(int(key, 16), 1.0) for key in keys.get(shard.number, [])]
+        numbers = key_ids(keys.get(shard.number, [])).view(np.uint64).tolist()
+        wanted = [due.get(number, 1.0) for number in numbers]
         if wanted and weights.tolist() != wanted:
             yield (
                 f"{row_weights_path(dataset, shard.number)} is not what {TOMBSTONES} and "

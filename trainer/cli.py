@@ -18,6 +18,7 @@ COMMANDS = {
     ),
     "serve": ("data_prep.serve", "serve such a folder on loopback, with its faults"),
     "prepare": ("data_prep.prepare", "download, check and publish image-text URLs as WebDataset"),
+    "index": ("data_prep.index", "make a dataset of any WebDataset where it lies, from headers"),
     "encode": ("data_prep.encode", "turn pictures and captions into latents and text states"),
     "verify": ("data_prep.verify", "re-hash and cross-check a published dataset"),
     "stats": ("data_prep.stats", "say what is in a published dataset, as tables and a page"),

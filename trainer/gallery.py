@@ -106,7 +106,7 @@ def dataset_pictures(
 
 
 def _caption(shard: Shard, row: int) -> str:
-    return shard.read(row, "txt").decode()
+    return shard.caption(row)
 
 
 def _picture(shard: Shard, row: int, side_px: int) -> Pixels:

@@ -124,6 +124,22 @@ def _size_bytes(path: Path) -> int | None:
         return None
 
 
+def file_version(path: Path) -> str | None:
+    """Give what changes when a file is written again; None if it is not there.
+
+    Of a local file the time of its change, of a remote one what its storage says of it, with one
+    request.
+    """
+    try:
+        if is_local(path):
+            return str(path.stat().st_mtime_ns)
+        fs, name = remote(path)
+        facts = fs.info(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return str(facts.get("ETag") or facts.get("LastModified") or facts.get("size"))
+
+
 def remove(path: Path) -> None:
     """Remove a file, if it is there."""
     if is_local(path):

@@ -12,11 +12,12 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from trainer.data.publish import file_sha256, publish_json
 from trainer.data.shards import REPAIR, Sample, write_shard
 from trainer.errors import BadInput
-from trainer.place import read_bytes, remove, sizes_bytes
+from trainer.place import place, read_bytes, remove, sizes_bytes
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ENCODING = "encoding.json"
+HEADERS_ONLY = "headers:"
 REPAIR_ENCODING = "Give the `kiln encode` command that made the encoding again."
 
 T = TypeVar("T")
@@ -31,13 +32,21 @@ class ShardEntry:
     bytes: int
     """Size of the tar."""
     sha256: str
-    """Hash of the tar."""
+    """Hash of the tar, or 'headers:' and that of its headers alone, if it was never read whole."""
     count: int
-    """Samples in it."""
+    """Samples in it that are used."""
     index_bytes: int
     """Size of the index."""
     index_sha256: str
     """Hash of the index."""
+    at: str | None = None
+    """Where a tar lies that `kiln index` found and left there: an absolute path, a URL, or a path
+    inside the dataset. Then `name` only gives the shard its number."""
+
+    @property
+    def content_sha256(self) -> str | None:
+        """Hash of the tar's bytes; None if it is not known."""
+        return None if self.sha256.startswith(HEADERS_ONLY) else self.sha256
 
     @property
     def number(self) -> str:
@@ -45,8 +54,11 @@ class ShardEntry:
         return Path(self.name).stem
 
     def tar(self, folder: Path) -> Path:
-        """Where the tar lies, in a dataset or encoding folder."""
-        return folder / self.name
+        """Where the tar lies, in a dataset or encoding folder or elsewhere."""
+        if self.at is None:
+            return folder / self.name
+        elsewhere = "://" in self.at or self.at.startswith("/")
+        return place(self.at) if elsewhere else folder / self.at
 
     def index(self, folder: Path) -> Path:
         """Where the index lies."""
@@ -235,8 +247,8 @@ def load_manifest(dataset: Path) -> Manifest:
     if not path.exists():
         state = "is unfinished: it has no manifest.json" if dataset.exists() else "is not there"
         raise BadInput(
-            f"the dataset {dataset} {state}. `kiln prepare rows=... dataset={dataset}` makes or "
-            "finishes it."
+            f"the dataset {dataset} {state}. `kiln prepare rows=... dataset={dataset}` or "
+            f"`kiln index tars=... dataset={dataset}` makes or finishes it."
         )
     manifest = _load(Manifest, path, REPAIR)
     kept = sum(shard.count for shard in manifest.shards)

@@ -1,32 +1,42 @@
 """Write tars that are the same byte for byte, index them, and read their members by position."""
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from trainer.data.headers import BLOCK_BYTES, cut, read_members, split_name
 from trainer.data.publish import file_sha256, published
-from trainer.errors import BadInput
+from trainer.errors import BadData, BadInput
 from trainer.place import is_local, local_folder, read_bytes, remote
 
-BLOCK_BYTES = 512
-REPAIR = "Give the `kiln prepare` command that made the dataset again: it writes what is missing."
+REPAIR = (
+    "Give the `kiln prepare` or `kiln index` command that made the dataset again: it writes what "
+    "is missing."
+)
+_HEX_KEY_DIGITS = 16
+_HEX = re.compile(r"[0-9a-fA-F]*")
+_CAPTIONS = ("caption", "text", "TEXT")
 
 
 class Sample(NamedTuple):
     """One training sample: what a shard stores under one key."""
 
     key: str
-    """16 lowercase hex digits."""
+    """16 lowercase hex digits in what Kiln makes; any text without a dot in foreign datasets."""
     members: Mapping[str, bytes]
     """File extension (without the first dot) -> content: {"jpg": ..., "latent.npy": ...}."""
     columns: Mapping[str, Any] = MappingProxyType({})
@@ -61,25 +71,27 @@ def write_shard(tar_path: Path, index_path: Path, samples: Iterable[Sample]) -> 
     rows: list[dict[str, Any]] = []
     last_key = ""
     with published(tar_path) as partial:
-        with partial.open("wb") as file, _ustar(file) as tar:
+        with partial.open("wb") as file, _open_tar(file) as tar:
             for sample in samples:
                 assert sample.key > last_key, f"keys out of order: {last_key}, {sample.key}"
                 last_key = sample.key
                 rows.append({"key": sample.key, **_add(tar, sample), **sample.columns})
         measured = partial.stat().st_size, file_sha256(partial)
     with published(index_path) as partial:
-        pq.write_table(_table(rows), partial, compression="zstd")
+        pq.write_table(members_table(rows), partial, compression="zstd")
         return Written(len(rows), *measured, partial.stat().st_size, file_sha256(partial))
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def members_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Make an index of rows: key, `offset.EXT`, `size.EXT` and more, null where a row has none."""
     # from_pylist alone would keep the columns of the first row only.
     names = sorted({name for row in rows for name in row} - {"key"})
     return pa.table({name: [row.get(name) for row in rows] for name in ("key", *names)})
 
 
-def _ustar(file: BinaryIO) -> tarfile.TarFile:
-    return tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+def _open_tar(file: BinaryIO) -> tarfile.TarFile:
+    # Plain USTAR, byte for byte, but for names that USTAR has no room for.
+    return tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
 
 
 def _add(tar: tarfile.TarFile, sample: Sample) -> dict[str, int]:
@@ -89,9 +101,10 @@ def _add(tar: tarfile.TarFile, sample: Sample) -> dict[str, int]:
         info = tarfile.TarInfo(f"{sample.key}.{extension}")
         info.size = len(content)
         info.mode = 0o644  # time and owner are 0 and empty by default
-        where[f"offset.{extension}"] = tar.offset + BLOCK_BYTES
-        where[f"size.{extension}"] = len(content)
         tar.addfile(info, BytesIO(content))
+        blocks = -(-len(content) // BLOCK_BYTES)
+        where[f"offset.{extension}"] = tar.offset - blocks * BLOCK_BYTES
+        where[f"size.{extension}"] = len(content)
     return where
 
 
@@ -106,15 +119,41 @@ def read_index(
         repair: What to do when it is damaged.
     """
     try:
-        content = read_bytes(path)
+        file = _mapped(path) if is_local(path) else pa.BufferReader(read_bytes(path))
     except FileNotFoundError as error:
         raise BadInput(f"{path} is not there. {repair}") from error
     try:
-        parquet = pq.ParquetFile(pa.BufferReader(content))
+        parquet = pq.ParquetFile(file)
         there = parquet.schema_arrow.names
         return parquet.read([name for name in there if columns is None or name in columns])
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput(f"{path} is no readable parquet file ({error}). {repair}") from error
+
+
+def _mapped(path: Path) -> Any:  # noqa: ANN401 - pyarrow has no types
+    # An empty file cannot be mapped.
+    return pa.memory_map(str(path)) if path.stat().st_size else pa.BufferReader(b"")
+
+
+def key_ids(keys: Sequence[str]) -> NDArray[np.int64]:
+    """Give the sample ids of keys.
+
+    Returns:
+        ``(len(keys),)``: of a key of 16 hex digits, the number that it is; of any other key,
+        the first 64 bits of its BLAKE2b hash.
+    """
+    digits = "".join(keys)
+    if set(map(len, keys)) <= {_HEX_KEY_DIGITS} and _HEX.fullmatch(digits):
+        content = bytes.fromhex(digits)
+    else:
+        content = b"".join(map(_key_bytes, keys))
+    return np.frombuffer(content, ">i8").astype(np.int64)
+
+
+def _key_bytes(key: str) -> bytes:
+    if len(key) == _HEX_KEY_DIGITS and _HEX.fullmatch(key):
+        return bytes.fromhex(key)
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()
 
 
 def scan_tar(path: Path, *, repair: str = REPAIR) -> pa.Table:
@@ -123,7 +162,7 @@ def scan_tar(path: Path, *, repair: str = REPAIR) -> pa.Table:
     A remote tar is fetched whole: one request rather than one for each header.
 
     Raises:
-        BadInput: The tar is cut, or no plain USTAR archive.
+        BadInput: The tar is cut, or none.
     """
     with Blob(path, whole=True, repair=repair) as blob:
         return _scan(blob, repair)
@@ -131,42 +170,13 @@ def scan_tar(path: Path, *, repair: str = REPAIR) -> pa.Table:
 
 def _scan(blob: "Blob", repair: str) -> pa.Table:
     samples: dict[str, dict[str, Any]] = {}
-    for name, offset, num_bytes in _headers(blob, repair):
-        key, _, extension = name.partition(".")
-        row = samples.setdefault(key, {"key": key})
-        row[f"offset.{extension}"] = offset
-        row[f"size.{extension}"] = num_bytes
-    return _table(list(samples.values()))
-
-
-def _headers(blob: "Blob", repair: str) -> Iterable[tuple[str, int, int]]:
-    """Yield (name, payload offset, payload bytes) of every regular file in a USTAR archive."""
-    at = 0
-    while True:
-        header = blob.read_at(at, BLOCK_BYTES)
-        if len(header) < BLOCK_BYTES:
-            raise _cut(blob, at + 2 * BLOCK_BYTES, repair)
-        if not header.strip(b"\0"):
-            return
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"{blob.path}: byte {at} is no tar header ({error}). {repair}"
-            ) from error
-        payload = at + BLOCK_BYTES
-        at = payload + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES
-        if blob.num_bytes < at:
-            raise _cut(blob, at, repair)
-        if info.isreg():
-            yield info.name, payload, info.size
-
-
-def _cut(blob: "Blob", needed_bytes: int, repair: str) -> BadInput:
-    return BadInput(
-        f"{blob.path} is cut: expected at least {needed_bytes} bytes, found {blob.num_bytes}. "
-        f"{repair}"
-    )
+    for member in read_members(blob, repair=repair):
+        if parts := split_name(member.name):
+            key, extension = parts
+            row = samples.setdefault(key, {"key": key})
+            row[f"offset.{extension}"] = member.offset
+            row[f"size.{extension}"] = member.num_bytes
+    return members_table(list(samples.values()))
 
 
 class Blob:
@@ -272,7 +282,8 @@ class Shard:
             for name in index.column_names
             if name.startswith("offset.")
         }
-        self._blob = Blob(tar_path, whole=whole, repair=repair)
+        self.blob = Blob(tar_path, whole=whole, repair=repair)
+        """The tar."""
 
     def read(self, row: int, extension: str) -> bytes:
         """Read one member of the sample number `row`.
@@ -284,18 +295,42 @@ class Shard:
         offsets, sizes = self._where[extension]
         if offsets[row] is None:
             raise KeyError(f"{self.keys[row]}.{extension} is not in {self.path}")
-        content = self._blob.read_at(offsets[row], sizes[row])
+        content = self.blob.read_at(offsets[row], sizes[row])
         if len(content) < sizes[row]:
-            raise _cut(self._blob, offsets[row] + sizes[row], self._repair)
+            raise cut(self.blob, offsets[row] + sizes[row], self._repair)
         return content
+
+    def caption(self, row: int) -> str:
+        """Read the caption of the sample number `row`: its txt, or else what its json says.
+
+        Bytes of a txt that are no UTF-8 become U+FFFD.
+
+        Raises:
+            BadData: It has neither.
+        """
+        extensions = self.extensions(row)
+        if "txt" in extensions:
+            return self.read(row, "txt").decode(errors="replace")
+        content = self.read(row, "json") if "json" in extensions else b""
+        try:
+            facts = json.loads(content)
+            texts = (facts[name] for name in _CAPTIONS if isinstance(facts.get(name), str))
+            return str(next(texts))
+        except (ValueError, AttributeError, StopIteration) as error:
+            key = self.keys[row]
+            raise BadData(
+                f"{self.path}: {key} has no caption: need a .txt, or a .json with one of "
+                f"{', '.join(_CAPTIONS)}. "
+                f"`kiln remove keys=[{_key_bytes(key).hex()}]` takes it out."
+            ) from error
 
     def scan(self) -> pa.Table:
         """Do what `scan_tar` does."""
-        return _scan(self._blob, self._repair)
+        return _scan(self.blob, self._repair)
 
     def sha256(self) -> str:
         """Hash the tar."""
-        return self._blob.sha256()
+        return self.blob.sha256()
 
     def extensions(self, row: int) -> list[str]:
         """List the members that the sample number `row` has, sorted."""
@@ -303,7 +338,7 @@ class Shard:
 
     def close(self) -> None:
         """Close the tar."""
-        self._blob.close()
+        self.blob.close()
 
     def __enter__(self) -> "Shard":
         return self

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from trainer.data.manifest import Manifest, RowWeights, ShardEntry, save_manifest
 from trainer.data.publish import file_sha256, publish_bytes, published
-from trainer.data.shards import read_index
+from trainer.data.shards import key_ids, read_index
 from trainer.errors import BadInput
 from trainer.place import remove
 
@@ -39,9 +39,8 @@ Uint64s = NDArray[np.uint64]
 
 
 def key_numbers(index: pa.Table) -> Uint64s:
-    """Read the keys of an index, 16 hex digits each, as numbers."""
-    digits = "".join(index["key"].to_pylist())
-    return np.frombuffer(bytes.fromhex(digits), ">u8").astype(np.uint64)
+    """Give the ids of an index's keys as they are written in hexadecimal: without a sign."""
+    return key_ids(index["key"].to_pylist()).view(np.uint64)
 
 
 def read_tombstones(dataset: Path, columns: Iterable[str] | None = None) -> pa.Table:

@@ -1,0 +1,153 @@
+"""List the members of a tar from its headers alone: USTAR, GNU and pax, any length of name."""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from trainer.errors import BadData
+
+BLOCK_BYTES = 512
+_MOST_EXTENDED_BYTES = 1 << 20
+"""Longest long name or pax header; real ones have some hundred bytes."""
+_WITHOUT_CONTENT = frozenset(
+    {
+        tarfile.LNKTYPE,
+        tarfile.SYMTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        tarfile.DIRTYPE,
+        tarfile.FIFOTYPE,
+    }
+)
+_EXTENDED = frozenset({tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
+_PASSED_OVER = frozenset({tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE})
+_PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")
+# A sample's key is what comes before the first dot of the file's name, as in `webdataset`.
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+_METADATA = re.compile(r"__[^/]*__($|/)")
+
+
+class Readable(Protocol):
+    """What `Blob` is to this module."""
+
+    path: Path
+    num_bytes: int
+
+    def read_at(self, offset: int, num_bytes: int) -> bytes:
+        """Read up to `num_bytes` at `offset`; short only at the end."""
+
+
+class Digest(Protocol):
+    """What hashlib gives."""
+
+    def update(self, data: bytes, /) -> None:
+        """Take more bytes."""
+
+
+class Member(NamedTuple):
+    """A regular file in a tar."""
+
+    name: str
+    """As stored; bytes that are no UTF-8 are written as \\xff."""
+    offset: int
+    """Of its content."""
+    num_bytes: int
+    """Of its content."""
+
+
+def read_members(file: Readable, *, repair: str, digest: Digest | None = None) -> Iterator[Member]:
+    """Yield the regular files of a tar in their order.
+
+    Args:
+        file: The tar; only its headers are read.
+        repair: What to do about an error.
+        digest: Is fed every header with its place.
+
+    Raises:
+        BadData: It is cut, compressed, or no tar, or it has sparse files.
+    """
+    at, extended = 0, dict[str, str]()
+    while True:
+        header = _read(file, at, BLOCK_BYTES, repair, digest)
+        if not header.strip(b"\0"):
+            return
+        info = _parse(file, at, header, repair)
+        payload = at + BLOCK_BYTES
+        num_bytes = _size(info, extended)
+        at = payload + -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        if file.num_bytes < at:
+            raise cut(file, at, repair)
+        if info.type in _EXTENDED:
+            if num_bytes > _MOST_EXTENDED_BYTES:
+                raise _no_header(file, payload, f"a name of {num_bytes} bytes", repair)
+            content = _read(file, payload, num_bytes, repair, digest)
+            extended |= _extended(info, content)
+        elif info.type not in _PASSED_OVER:
+            if info.issparse() or any(key.startswith("GNU.sparse") for key in extended):
+                raise _no_header(file, payload - BLOCK_BYTES, "a sparse file", repair)
+            if info.isreg():
+                yield Member(extended.get("path", info.name), payload, num_bytes)
+            extended = {}
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Split a member's name into key and extension, as `webdataset` does; None: no sample's file.
+
+    `dir.v1/000.latent.npy` is ('dir.v1/000', 'latent.npy').
+    """
+    found = None if _METADATA.match(name) else _NAME.fullmatch(name)
+    return (found[1], found[2]) if found else None
+
+
+def cut(file: Readable, needed_bytes: int, repair: str) -> BadData:
+    """Say that a tar ends too early."""
+    return BadData(
+        f"{file.path} is cut: expected at least {needed_bytes} bytes, found {file.num_bytes}. "
+        f"{repair}"
+    )
+
+
+def _read(file: Readable, at: int, num_bytes: int, repair: str, digest: Digest | None) -> bytes:
+    content = file.read_at(at, num_bytes)
+    if len(content) < num_bytes:
+        raise cut(file, at + num_bytes + BLOCK_BYTES, repair)
+    if digest is not None:
+        digest.update(at.to_bytes(8, "big") + content)
+    return content
+
+
+def _parse(file: Readable, at: int, header: bytes, repair: str) -> tarfile.TarInfo:
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
+    except tarfile.HeaderError as error:
+        what = "it is compressed: unpack it" if header.startswith(b"\x1f\x8b") else str(error)
+        raise _no_header(file, at, what, repair) from error
+    if info.size < 0:
+        raise _no_header(file, at, f"a file of {info.size} bytes", repair)
+    return info
+
+
+def _no_header(file: Readable, at: int, what: str, repair: str) -> BadData:
+    return BadData(f"{file.path}: byte {at} is no tar header that Kiln reads ({what}). {repair}")
+
+
+def _size(info: tarfile.TarInfo, extended: dict[str, str]) -> int:
+    """Bytes that follow the header; links and folders have none, whatever they say."""
+    if info.type in _WITHOUT_CONTENT:
+        return 0
+    size = extended.get("size", "") if info.isreg() else ""
+    return int(size) if size.isdecimal() else info.size
+
+
+def _extended(info: tarfile.TarInfo, content: bytes) -> dict[str, str]:
+    """Read what a long name or a pax header says of the file that follows."""
+    if info.type == tarfile.GNUTYPE_LONGNAME:
+        return {"path": content.split(b"\0")[0].decode("utf-8", "backslashreplace")}
+    records, at = {}, 0
+    while (found := _PAX_RECORD.match(content, at)) and int(found[1]) > len(found[0]):
+        value = content[found.end() : at + int(found[1]) - 1]
+        records[found[2].decode(errors="replace")] = value.decode("utf-8", "backslashreplace")
+        at += int(found[1])
+    return records
