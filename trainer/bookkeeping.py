@@ -23,7 +23,6 @@ from trainer.runtime.comm import Comm
 from trainer.runtime.ema import Ema
 from trainer.runtime.fragments import FragmentReader
 
-
 STREAM = "stream.jsonl"
 """In a run's folder: where its stream went on at the beginning of each attempt."""
 

@@ -83,9 +83,7 @@ def find_datasets(cfg: TrainConfig) -> list[Dataset]:
     return found
 
 
-def find_law(
-    cfg: TrainConfig, datasets: Sequence[Dataset], saved: Mapping[str, Any] | None
-) -> Law:
+def find_law(cfg: TrainConfig, datasets: Sequence[Dataset], saved: Mapping[str, Any] | None) -> Law:
     """Fix the order of a run's samples, as a saved state of it counts them.
 
     Raises:

@@ -6,6 +6,7 @@ width of a text state.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from trainer.build import build_process
 from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
 from trainer.config_tools import SamplingConfig
 from trainer.data.manifest import encoding_folder, load_manifest
-from trainer.data.sources import pad_texts
 from trainer.diffusion import philox
 from trainer.diffusion.guidance import classifier_free
 from trainer.diffusion.process import Process
@@ -30,6 +30,7 @@ from trainer.models.denoisers import build_denoiser
 from trainer.models.loading import load_weights
 from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
+from trainer.place import place, read_bytes
 from trainer.runtime.checkpoint import TrainState, read_ema
 
 Pixels = NDArray[np.uint8]
@@ -168,26 +169,28 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
             f"denoiser, or write this one's weights: kiln export run={run} to=DIR"
         )
     assert not isinstance(cfg.objective, ReconstructionConfig)
-    dataset = Path(cfg.data.dataset)
-    encoding = matching_encoding(cfg, load_manifest(dataset))
+    dataset = place(cfg.data.dataset)
+    encoding = matching_encoding(cfg, dataset, load_manifest(dataset))
     weights, state = read_ema(run)
     model = build_denoiser(cfg.model)
     load_weights(model, weights, source=str(run))
-    place = torch.device(device)
+    where = torch.device(device)
     null_text = encoding_folder(dataset, encoding.fingerprint) / "null_text.npy"
     channels, height, width = encoding.facts["latent_shape"]
     return Sampler(
         cfg=cfg,
         state=state,
-        model=model.to(place).eval(),
+        model=model.to(where).eval(),
         process=build_process(cfg.objective),
-        autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(place),
-        text=load_text_encoder(cfg.encoders.text).to(place),
-        null_text_LD=torch.from_numpy(np.load(null_text, allow_pickle=False)).float(),
-        latent_mean_C=torch.tensor(encoding.facts["latent_mean"], device=place),
-        latent_std_C=torch.tensor(encoding.facts["latent_std"], device=place),
+        autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(where),
+        text=load_text_encoder(cfg.encoders.text).to(where),
+        null_text_LD=torch.from_numpy(
+            np.load(BytesIO(read_bytes(null_text)), allow_pickle=False)
+        ).float(),
+        latent_mean_C=torch.tensor(encoding.facts["latent_mean"], device=where),
+        latent_std_C=torch.tensor(encoding.facts["latent_std"], device=where),
         latent_shape=(channels, height, width),
-        device=place,
+        device=where,
         threads=threads,
     )
 
@@ -197,3 +200,10 @@ def to_pixels(pictures_BCHW: Tensor) -> Pixels:
     levels = ((pictures_BCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     pixels: Pixels = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return pixels
+
+
+def pad_texts(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack ``(L_i, D)`` text states to fp32 ``(B, L, D)`` and a bool mask ``(B, L)``."""
+    text_BLD = torch.nn.utils.rnn.pad_sequence([t.float() for t in texts], batch_first=True)
+    lengths_B = torch.tensor([len(text) for text in texts])
+    return text_BLD, torch.arange(text_BLD.shape[1])[None] < lengths_B[:, None]

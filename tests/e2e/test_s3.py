@@ -11,10 +11,10 @@ import pytest
 
 from data_prep.serve import serving
 from tests.s3_server import BUCKET, S3Server, needs_s3
+from tests.streams import latents, load, pictures
 from tests.tiny_source import make_source, prepare_cfg, prepare_overrides, publish_here, tree_hashes
-from trainer.data.manifest import list_encodings, load_manifest
+from trainer.data.manifest import load_manifest
 from trainer.data.publish import publish_bytes
-from trainer.data.sources import LatentSource, PictureSource
 from trainer.errors import BadInput, BadWorld
 from trainer.place import place, storage
 
@@ -165,14 +165,9 @@ def test_encodings_in_a_bucket_are_those_of_a_folder_and_can_be_read(
     as_user("reader")
     batches = []
     for dataset in (place(URL), local):
-        manifest, (encoding,) = load_manifest(dataset), list_encodings(dataset)
-        rows = np.arange(0, manifest.rows_kept, 3)
-        visits = np.zeros_like(rows)
-        pictures = PictureSource(dataset, manifest, side_px=32)
-        latents = LatentSource(dataset, encoding)
-        batches.append((pictures.load(rows, visits), latents.load(rows, visits)))
-        pictures.close()
-        latents.close()
+        positions = np.arange(0, load_manifest(dataset).rows_kept, 3)
+        with pictures(dataset, side_px=32) as some, latents(dataset) as others:
+            batches.append((load(some, positions), load(others, positions)))
     (remote_pictures, remote_latents), (local_pictures, local_latents) = batches
     assert remote_pictures.pictures_BCHW.equal(local_pictures.pictures_BCHW)
     assert remote_latents.mean_BCHW.equal(local_latents.mean_BCHW)

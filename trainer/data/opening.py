@@ -120,6 +120,6 @@ def _live_counts(dataset: Dataset, version: int) -> dict[str, Int64s]:
             weights = read_row_weights(dataset.folder, entry, some)
             names = read_index(entry.index(folder), columns=["bucket"])["bucket"]
             there = np.asarray(names.to_pylist())[live_rows(weights, version)]
-            for name in counts:
-                counts[name][number] = np.count_nonzero(there == name)
+            for name, rows in counts.items():
+                rows[number] = np.count_nonzero(there == name)
     return counts

@@ -134,7 +134,8 @@ class Order:
 
     def shard_of(self, rows: Int64s) -> Int64s:
         """Say in which shard each row lies."""
-        return np.searchsorted(self.ends, rows, side="right").astype(np.int64)
+        shards: Int64s = np.searchsorted(self.ends, rows, side="right")
+        return shards
 
     def _epoch(self, epoch: int) -> Epoch:
         numbers = np.arange(len(self.counts), dtype=np.uint64)
@@ -206,9 +207,7 @@ def _keys(text: str) -> Uint64s:
     return np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64)
 
 
-def _permute(
-    values: Int64s, size: int, keys: Uint64s, tweak: Uint64s, *, forward: bool
-) -> Int64s:
+def _permute(values: Int64s, size: int, keys: Uint64s, tweak: Uint64s, *, forward: bool) -> Int64s:
     """Permute [0, size), another way for each `tweak`, in O(1) memory.
 
     A balanced Feistel network on the next even number of bits, with cycle walking: values outside

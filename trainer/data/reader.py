@@ -117,9 +117,7 @@ class OpenShard:
             raise self._cut(row, extension, num_bytes, len(content))
         return content
 
-    def read_array(
-        self, row: int, extension: str, out: NDArray[Any] | None = None
-    ) -> NDArray[Any]:
+    def read_array(self, row: int, extension: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Read a `.npy` member, without a copy where it goes.
 
         Args:
@@ -148,7 +146,7 @@ class OpenShard:
         except BadData:
             raise
         except (ValueError, OSError) as error:
-            raise BadData(f"{self.name(row, extension)} is no array of numbers: {error}.") from error
+            raise BadData(f"{self.name(row, extension)} is no array: {error}.") from error
 
     def name(self, row: int, extension: str) -> str:
         """Name a member for a message."""
@@ -225,7 +223,7 @@ class Reader:
         assert self.cache is not None
         tar = entry.tar(self.folder)
         with suppress(BadData):
-            self.cache.open(tar, num_bytes=entry.bytes, sha256=entry.sha256).close()
+            self.cache.open(tar, num_bytes=entry.bytes, sha256=entry.content_sha256).close()
 
     def close(self) -> None:
         """Let go of all files; those being read are closed when that ends."""
@@ -279,7 +277,7 @@ class Reader:
 
     def _file(self, tar: Path, entry: ShardEntry) -> BinaryIO | None:
         if self.cache is not None:
-            return self.cache.open(tar, num_bytes=entry.bytes, sha256=entry.sha256)
+            return self.cache.open(tar, num_bytes=entry.bytes, sha256=entry.content_sha256)
         if not is_local(tar):
             return None
         try:
@@ -341,5 +339,5 @@ def _stamp(dataset: Path) -> tuple[float, int] | None:
 def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     header = io.BytesIO()
     facts = {"descr": dtype, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, facts)  # type: ignore[arg-type]
+    np.lib.format.write_array_header_1_0(header, facts)
     return header.getvalue()

@@ -35,7 +35,6 @@ class Member:
     """Bucket -> live rows of each shard."""
 
 
-
 @dataclass(frozen=True)
 class Law:
     """All that the sequence of samples depends on, besides weights and the global batch."""

@@ -2,7 +2,6 @@ import json
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,9 +28,7 @@ COUNTS = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any)
 @st.composite
 def laws(draw):
     buckets = draw(st.sampled_from([["a"], ["a", "b"], ["a", "b", "c"]]))
-    datasets = [
-        {name: draw(COUNTS) for name in buckets} for _ in range(draw(st.integers(1, 3)))
-    ]
+    datasets = [{name: draw(COUNTS) for name in buckets} for _ in range(draw(st.integers(1, 3)))]
     return law_of(
         *datasets,
         mode=draw(st.sampled_from(["shards", "ranges"])),
@@ -166,8 +163,7 @@ def test_the_state_is_small_and_says_what_it_counts_by():
     buckets = {f"{width}x512": [1_000_000] * 10 for width in range(256, 256 + 20 * 16, 16)}
     law = law_of(buckets, buckets)
     tallies = tuple(
-        replace(tally, since=10**9, before=(10**9,) * 2)
-        for tally in begin(law, [1, 1]).tallies
+        replace(tally, since=10**9, before=(10**9,) * 2) for tally in begin(law, [1, 1]).tallies
     )
     saved = to_json(law, replace(begin(law, [1, 1]), samples=10**11, tallies=tallies))
     assert len(json.dumps(saved)) < 1000

@@ -1,6 +1,4 @@
 import json
-from contextlib import closing
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.latents_without_encoders import make_dataset
+from tests.streams import ids, latents, load, pictures, size
 from trainer.data.manifest import list_encodings, load_manifest
+from trainer.data.opening import Dataset, Layout, make_law
 from trainer.data.shards import read_index
-from trainer.data.sources import LatentSource, PictureSource
-from trainer.data.stream import micro_batches
 from trainer.data.tombstones import (
     REMOVAL_SCHEMA,
     TOMBSTONE_SCHEMA,
@@ -70,19 +68,7 @@ def forget(dataset):
 
 def epoch(source, *, epochs=2):
     """Ids of whole epochs, in order."""
-    batches = micro_batches(
-        source,
-        images_seen=0,
-        seed=3,
-        rank=0,
-        world=1,
-        global_batch_images=source.num_samples,
-        micro_batch_images=source.num_samples,
-        prefetch_batches=0,
-    )
-    found = [batch.ids_B.numpy().view(np.uint64).tolist() for batch in islice(batches, epochs)]
-    batches.close()
-    return found
+    return [ids(load(source, np.arange(size(source)), epoch=epoch)) for epoch in range(epochs)]
 
 
 @given(dead=st.sets(st.integers(0, 19), max_size=19))
@@ -95,14 +81,11 @@ def test_the_removed_never_come_and_all_others_once_an_epoch(played, dead):
         remove(played, gone)
     manifest = load_manifest(played)
     assert (manifest.rows_kept, manifest.rows_live) == (20, 20 - len(dead))
-    latents = LatentSource(played, list_encodings(played)[0])
-    pictures = PictureSource(played, manifest, side_px=8)
-    with closing(latents), closing(pictures):
-        for source in (latents, pictures):
-            for ids in epoch(source):
-                assert sorted(ids) == sorted(set(keys) - gone)
-        numbers = np.arange(latents.num_samples)
-        both = [source.load(numbers, numbers) for source in (latents, pictures)]
+    with latents(played) as some, pictures(played, side_px=8) as others:
+        for source in (some, others):
+            for found in epoch(source):
+                assert sorted(found) == sorted(set(keys) - gone)
+        both = [load(source, np.arange(size(source))) for source in (some, others)]
     assert torch.equal(both[0].ids_B, both[1].ids_B)
     assert both[0].weights_B is both[1].weights_B is None
 
@@ -237,14 +220,10 @@ def test_weights_reach_the_batch_and_removal_wins(dataset):
     save_state(dataset, manifest, why="test")
     assert is_weighed(dataset, load_manifest(dataset))
     assert (manifest.rows_removed, manifest.rows_weighted) == (2, 3)
-    for source in (
-        LatentSource(dataset, list_encodings(dataset)[0]),
-        PictureSource(dataset, manifest, side_px=8),
-    ):
-        with closing(source):
-            batch = source.load(np.arange(18), np.zeros(18, np.int64))
-        ids = batch.ids_B.numpy().view(np.uint64).tolist()
-        found = dict(zip(ids, batch.weights_B.tolist(), strict=True))
+    for opened in (latents(dataset), pictures(dataset, side_px=8)):
+        with opened as source:
+            batch = load(source, np.arange(18))
+        found = dict(zip(ids(batch), batch.weights_B.tolist(), strict=True))
         assert found == {
             key: pytest.approx(1 / 3 if key in keys[:4] else 1)
             for key in keys
@@ -293,4 +272,4 @@ def test_damaged_tombstones_are_named(dataset):
 def test_a_dataset_of_which_all_was_removed_is_refused(dataset):
     remove(dataset, keys_of(dataset))
     with pytest.raises(BadInput, match=r"all samples of .* were removed"):
-        PictureSource(dataset, load_manifest(dataset), side_px=8)
+        make_law([Dataset(dataset, load_manifest(dataset), None)], Layout(seed=0))

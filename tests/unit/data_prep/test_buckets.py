@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data_prep.buckets import make_boxes, nearest_box, print_buckets
 from tests.tiny import tiny_config
 from trainer.config import BucketsConfig
-from trainer.data.sources import cover, decode_square
+from trainer.data.decode import cover, decode_square
 from trainer.errors import BadInput
 from trainer.frozen import freeze, thaw
 

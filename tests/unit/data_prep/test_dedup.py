@@ -1,7 +1,6 @@
 import re
 import shutil
 from collections import Counter
-from contextlib import closing
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,10 +11,10 @@ from data_prep.config_curate import DedupConfig
 from data_prep.dedup import run
 from data_prep.verify import run as verify
 from tests.curated_dataset import dataset_of, sample
+from tests.streams import ids, load, pictures, size
 from tests.tiny_source import tree_hashes
 from trainer.data.manifest import load_manifest
 from trainer.data.shards import read_index
-from trainer.data.sources import PictureSource
 from trainer.data.tombstones import read_cluster_weights, read_tombstones
 from trainer.errors import BadInput
 from trainer.frozen import compose
@@ -47,10 +46,9 @@ def dataset(tmp_path):
 
 
 def live_keys(dataset):
-    manifest = load_manifest(dataset)
-    with closing(PictureSource(dataset, manifest, side_px=16)) as source:
-        batch = source.load(np.arange(source.num_samples), np.zeros(source.num_samples, np.int64))
-    return Counter(batch.ids_B.numpy().view(np.uint64).tolist()), batch.weights_B
+    with pictures(dataset, side_px=16) as source:
+        batch = load(source, np.arange(size(source)))
+    return Counter(ids(batch)), batch.weights_B
 
 
 def all_keys(dataset):

@@ -21,7 +21,9 @@ from data_prep import encode, verify
 from data_prep.config import EncodeConfig, VerifyConfig
 from data_prep.probe import probe
 from tests import tiny_encoders
+from tests.streams import ids, latents, load, size
 from tests.tiny_dataset import publish, sample, scenes_dataset
+from trainer.data.decode import cover, decode_square
 from trainer.data.manifest import (
     check_files,
     encoding_folder,
@@ -30,7 +32,7 @@ from trainer.data.manifest import (
     save_manifest,
 )
 from trainer.data.shards import Sample, Shard, read_index
-from trainer.data.sources import LatentSource, cover, decode_square
+from trainer.data.stream import Slots
 from trainer.errors import BadInput
 from trainer.frozen import compose, freeze, thaw
 from trainer.models.autoencoders import load_autoencoder
@@ -131,10 +133,8 @@ def npy(data):
 
 def test_the_facts_are_those_of_the_latents(encoded):
     encoding, folder = only_encoding(encoded.dataset)
-    source = LatentSource(encoded.dataset, encoding, device=torch.device("cpu"))
-    numbers = np.arange(source.num_samples)
-    batch = source.load(numbers, np.zeros_like(numbers))
-    source.close()
+    with latents(encoded.dataset) as source:
+        batch = load(source, np.arange(size(source)))
     facts = encoding.facts
     assert encoding.bucket_counts == {"16x16": [entry.count for entry in encoding.shards]}
     assert facts["latent_shape"] == list(batch.mean_BCHW.shape[1:])
@@ -496,10 +496,18 @@ def test_a_bucketed_encoding_verifies(bucketed):
     assert verify.run(VerifyConfig(dataset=bucketed[0].dataset)) == 0
 
 
-def test_training_refuses_buckets(bucketed):
+def test_a_global_batch_has_latents_of_one_bucket(bucketed):
     dataset = bucketed[0].dataset
-    with pytest.raises(BadInput, match=r"encoders\.buckets=null"):
-        LatentSource(dataset, only_encoding(dataset)[0])
+    with latents(dataset) as source:
+        law, seen = source.samples.law, []
+        for bucket, rows in law.sizes[0].items():
+            batch = source.load(Slots(bucket, np.zeros(rows, np.int64), np.arange(rows)))
+            width, height = map(int, bucket.split("x"))
+            assert batch.mean_BCHW.shape[0] == rows
+            assert batch.mean_BCHW.shape[3] / batch.mean_BCHW.shape[2] == width / height
+            seen += ids(batch)
+    assert len(law.buckets) > 1
+    assert len(set(seen)) == len(seen) == load_manifest(dataset).rows_kept
 
 
 def test_buckets_have_a_name_of_their_own(bucketed):

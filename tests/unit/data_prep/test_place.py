@@ -13,12 +13,12 @@ from data_prep.config import PrepareConfig, VerifyConfig
 from data_prep.prepare import locked
 from data_prep.prepare import run as prepare
 from data_prep.verify import run as verify
+from tests.streams import load, pictures
 from tests.tiny_dataset import scenes_dataset
 from tests.tiny_source import prepare_cfg
-from trainer.data.manifest import load_manifest
+from trainer.data.manifest import check_files, load_manifest
 from trainer.data.publish import publish_bytes, published
 from trainer.data.shards import Blob, scan_tar
-from trainer.data.sources import PictureSource
 from trainer.errors import BadInput, BadWorld
 from trainer.frozen import freeze, thaw
 from trainer.observe.ledger import accounted, read_account
@@ -143,17 +143,15 @@ def test_a_dataset_in_memory_is_that_of_a_folder_and_reads_the_same(memory, tmp_
     tar = memory / "shards" / "00000.tar"
     assert scan_tar(tar) == scan_tar(local / "shards" / "00000.tar")
     assert verify(VerifyConfig(dataset=memory)) == 0
-    rows, visits = np.arange(12), np.zeros(12, np.int64)
-    pictures = []
+    loaded = []
     for dataset in (memory, local):
-        source = PictureSource(dataset, load_manifest(dataset), side_px=16)
-        pictures.append(source.load(rows, visits).pictures_BCHW)
-        source.close()
-    assert pictures[0].equal(pictures[1])
+        with pictures(dataset, side_px=16) as source:
+            loaded.append(load(source, np.arange(12)).pictures_BCHW)
+    assert loaded[0].equal(loaded[1])
     publish_bytes(tar, read_bytes(tar)[:-3000])
     assert verify(VerifyConfig(dataset=memory)) == 1
     with pytest.raises(BadInput, match=r"memory://.*does not match the manifest"):
-        PictureSource(memory, load_manifest(memory), side_px=16)
+        check_files(memory, load_manifest(memory).shards)
 
 
 def test_a_plan_and_its_lock_are_of_the_url(memory, source):

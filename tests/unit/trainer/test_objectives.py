@@ -1,4 +1,3 @@
-from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -6,8 +5,8 @@ import pytest
 import torch
 
 from tests.latents_without_encoders import CHANNELS, TEXT_WIDTH, make_dataset
-from trainer.data.manifest import list_encodings
-from trainer.data.sources import LatentSource, PictureBatch
+from tests.streams import latents, load
+from trainer.data.sources import PictureBatch
 from trainer.diffusion.process import RectifiedFlow
 from trainer.objectives import LatentObjective, ReconstructionObjective, crops
 
@@ -15,7 +14,7 @@ from trainer.objectives import LatentObjective, ReconstructionObjective, crops
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     dataset = make_dataset(tmp_path_factory.mktemp("objective"))
-    with closing(LatentSource(dataset, list_encodings(dataset)[0])) as source:
+    with latents(dataset) as source:
         yield source
 
 
@@ -39,24 +38,25 @@ class Recorder(torch.nn.Module):
 
 
 def test_draws_belong_to_the_sample_not_to_its_place_in_a_batch(source):
-    visits = np.zeros(20, np.int64)
-    whole = objective(0.5)(Recorder(), source.load(np.arange(20), visits))
-    parts = [objective(0.5)(Recorder(), source.load(np.array([n]), visits[:1])) for n in range(20)]
+    whole = objective(0.5)(Recorder(), load(source, np.arange(20)))
+    parts = [objective(0.5)(Recorder(), load(source, [n])) for n in range(20)]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-6, atol=0)
 
 
 def test_another_visit_or_seed_draws_anew(source):
-    first = objective(0.0)(Recorder(), source.load(np.arange(8), np.zeros(8, np.int64)))
-    again = objective(0.0)(Recorder(), source.load(np.arange(8), np.ones(8, np.int64)))
-    seeded = objective(0.0, seed=2)(Recorder(), source.load(np.arange(8), np.zeros(8, np.int64)))
+    batch = load(source, np.arange(8))
+    revisited = replace(batch, visits_B=batch.visits_B + 1)
+    first = objective(0.0)(Recorder(), batch)
+    again = objective(0.0)(Recorder(), revisited)
+    seeded = objective(0.0, seed=2)(Recorder(), batch)
     assert (first != again).all()
     assert (first != seeded).all()
 
 
 @pytest.mark.parametrize(("dropout", "share"), [(0.0, 0.0), (1.0, 1.0), (0.3, 0.3)])
 def test_dropped_captions_become_the_empty_one_with_its_own_length(source, dropout, share):
-    model, numbers = Recorder(), np.tile(np.arange(20), 50)
-    objective(dropout)(model, source.load(numbers, np.repeat(np.arange(50), 20)))
+    model = Recorder()
+    objective(dropout)(model, load(source, np.arange(50 * 20)))
     _, _, text_BLD, mask_BL = model.asked
     dropped_B = (text_BLD[:, 0] == 7.0).all(1)
     assert dropped_B.float().mean() == pytest.approx(share, abs=0.05)
@@ -65,7 +65,7 @@ def test_dropped_captions_become_the_empty_one_with_its_own_length(source, dropo
 
 
 def test_a_weight_multiplies_the_loss_of_its_sample_alone(source):
-    batch = source.load(np.arange(8), np.zeros(8, np.int64))
+    batch = load(source, np.arange(8))
     assert batch.weights_B is None
     plain = objective(0.0)(Recorder(), batch)
     weights_B = torch.linspace(0.1, 1, 8)
