@@ -11,7 +11,7 @@ from trainer.place import Place
 
 @config
 class RemoveConfig:
-    """`kiln remove`."""
+    """`kiln remove`; it raises the dataset's removal version if anything live goes."""
 
     dataset: Place
     """A published dataset; its tars stay as they are."""

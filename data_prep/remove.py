@@ -314,7 +314,8 @@ def _summary(
         return f"{said}; the fingerprint stays {after.fingerprint}."
     text = (
         f"{said}; {after.rows_live} samples are left. The fingerprint was {before.fingerprint}, "
-        f"now it is {after.fingerprint}. Encodings stay valid."
+        f"now it is {after.fingerprint}; the removal version is {after.removal_version}. Encodings "
+        "stay valid, and runs that began before keep their order."
     )
     if after.rows_weighted:
         text += " Weights of clusters are as before: `kiln dedup outcome=weight` brings them up."
