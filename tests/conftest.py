@@ -4,6 +4,11 @@ import os
 import subprocess
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("kiln", deadline=None)
+settings.load_profile("kiln")
 
 
 def skip_unless_ci(reason: str) -> None:

@@ -167,9 +167,11 @@ class Order:
         for length in np.unique(size):
             here = size == length
             moved[here] = _permute(inside[here], int(length), keys, tweak[here], forward=forward)
+        inside_window = self._start(first, stream) + moved
         if not forward:
-            return first + moved * self._streams + stream
-        return first + self._start(first, stream) + moved
+            inside_window = moved * self._streams + stream
+        out: Int64s = first + inside_window
+        return out
 
     def _piece(self, places: Int64s) -> tuple[Int64s, Int64s, Int64s]:
         """Give the first place of each place's window, its piece's rows, and its stream."""
@@ -195,7 +197,8 @@ class Order:
     def _start(self, first: Int64s, stream: Int64s) -> Int64s:
         """Say where on its window's line a stream's piece begins."""
         whole, longer = np.divmod(self._rows_in(first), self._streams)
-        return stream * whole + np.minimum(stream, longer)
+        start: Int64s = stream * whole + np.minimum(stream, longer)
+        return start
 
     def _rows_in(self, first: Int64s) -> Int64s:
         return np.minimum(self._window, self.num_rows - first)

@@ -136,7 +136,7 @@ class OpenShard:
             and num_bytes == _NPY_HEADER_BYTES + out.nbytes
         ):
             header = bytearray(_NPY_HEADER_BYTES)
-            found = os.preadv(self._file.fileno(), [header, out], offset)
+            found = os.preadv(self._file.fileno(), [header, out.data], offset)
             if found == num_bytes and bytes(header) == _npy_header(out.dtype.str, out.shape):
                 return out
         try:
