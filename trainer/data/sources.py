@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.decode import decode_square
+from trainer.data.index import PICTURES
 from trainer.data.quarantine import Quarantine
 from trainer.data.reader import Place, Reader
 from trainer.data.stream import Law, Slots
@@ -20,7 +21,6 @@ from trainer.place import NUM_REQUESTS, is_local
 # Shape suffixes: B samples, C latent channels, H W rows and columns, L text tokens, D text width.
 
 _CPU = torch.device("cpu")
-PICTURES = ("jpg", "jpeg", "png", "webp")
 MAX_REDRAWS = 100
 
 
@@ -148,6 +148,7 @@ class Samples:
                     return place
             except BadData as error:
                 self._record(member, slots.bucket, row, place, error)
+            self._quarantine.saw(1)
             order = self.law.orders[member][slots.bucket]
             rows = order.redrawn(slots.positions[number : number + 1], attempt)
             row, place = int(rows[0]), self.readers[member].find(slots.bucket, rows)[0]
