@@ -85,7 +85,9 @@ def read_members(file: Readable, *, repair: str, digest: Digest | None = None) -
             content = _read(file, payload, num_bytes, repair, digest)
             extended |= _extended(info, content)
         elif info.type not in _PASSED_OVER:
-            if info.issparse() or any(key.startswith("GNU.sparse") for key in extended):
+            if info.type == tarfile.GNUTYPE_SPARSE or any(
+                key.startswith("GNU.sparse") for key in extended
+            ):
                 raise _no_header(file, payload - BLOCK_BYTES, "a sparse file", repair)
             if info.isreg():
                 yield Member(extended.get("path", info.name), payload, num_bytes)
@@ -93,7 +95,9 @@ def read_members(file: Readable, *, repair: str, digest: Digest | None = None) -
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Split a member's name into key and extension, as `webdataset` does; None: no sample's file.
+    """Split a member's name into key and extension, as `webdataset` does.
+
+    None: it is no sample's file: it has no extension, is hidden, or is metadata (`__x__`).
 
     `dir.v1/000.latent.npy` is ('dir.v1/000', 'latent.npy').
     """
