@@ -88,7 +88,14 @@ class Work:
 
 def main(argv: Sequence[str]) -> int:
     """Run `kiln index`."""
-    return run_command(run, IndexConfig, "index", argv)
+    return run_command(run, IndexConfig, "index", [_quoted(word) for word in argv])
+
+
+def _quoted(word: str) -> str:
+    # Braces without quotes are a mapping to Hydra.
+    name, _, value = word.partition("=")
+    plain = name == "tars" and "{" in value and not set(value) & {"'", '"'}
+    return f"tars='{value}'" if plain else word
 
 
 def run(cfg: IndexConfig) -> int:

@@ -172,6 +172,21 @@ def test_what_is_no_tar_is_bad_data(tmp_path, content, says):
         scan(tmp_path / "x.tar")
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "\u00e9.jpg"])
+def test_any_changed_byte_of_a_header_is_noticed(tmp_path, name):
+    path = write_tar(tmp_path / "x.tar", [(name, b"picture")])
+    content = path.read_bytes()
+    with Blob(path) as blob:
+        at = next(iter(read_members(blob, repair=""))).offset - 512
+    ends_of_checksum = {154, 155}
+    for place in set(range(512)) - ends_of_checksum:
+        changed = bytearray(content)
+        changed[at + place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(BadData, match="is no tar header"):
+            scan(path)
+
+
 def header(name, type_, size):
     info = tarfile.TarInfo(name)
     info.type, info.size = type_, size

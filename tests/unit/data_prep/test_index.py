@@ -267,6 +267,11 @@ def test_a_prepared_dataset_is_not_overwritten(tars, dataset):
         index(tars, dataset)
 
 
+def test_braces_need_no_quotes_beyond_the_shells(tars, dataset):
+    assert main([f"tars={tars}/{{00000..00001}}.tar", f"dataset={dataset}"]) == 0
+    assert len(load_manifest(dataset).shards) == 2
+
+
 def test_help_teaches_every_key(capsys):
     assert main(["--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
