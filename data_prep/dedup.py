@@ -199,8 +199,9 @@ def _read(one: Dataset, entry: ShardEntry) -> pa.Table:
     for name in ("image_sha256", "phash"):
         if name not in index.column_names:
             raise BadInput(
-                f"{path} has no column {name}: the dataset was made by an older Kiln. Give its "
-                "`kiln prepare` command again into another dataset=."
+                f"{path} has no column {name}: an older Kiln made the dataset, or `kiln "
+                "index`, which reads no picture. Give its rows to `kiln prepare`, into another "
+                "dataset=."
             )
     return index
 

@@ -88,7 +88,14 @@ class Work:
 
 def main(argv: Sequence[str]) -> int:
     """Run `kiln index`."""
-    return run_command(run, IndexConfig, "index", argv)
+    return run_command(run, IndexConfig, "index", [_quoted(word) for word in argv])
+
+
+def _quoted(word: str) -> str:
+    # Braces without quotes are a mapping to Hydra.
+    name, _, value = word.partition("=")
+    plain = name == "tars" and "{" in value and not set(value) & {"'", '"'}
+    return f"tars='{value}'" if plain else word
 
 
 def run(cfg: IndexConfig) -> int:
@@ -141,11 +148,9 @@ def survey(cfg: IndexConfig, tars: Sequence[Path]) -> tuple[Work, list[str]]:
     """
     paths = sorted((cfg.dataset / "indexed").glob("*.json"))
     with ThreadPoolExecutor(NUM_REQUESTS) as threads:
-        read = {
-            path.stem: record
-            for path, record in zip(paths, threads.map(_read_record, paths), strict=True)
-        }
-        by_place = {record.at: number for number, record in read.items() if record}
+        pairs = zip(paths, threads.map(_read_record, paths), strict=True)
+        read = {path.stem: record for path, record in pairs if record}
+        by_place = {record.at: number for number, record in read.items()}
         free = (f"{number:05d}" for number in count())
         new = (number for number in free if number not in read)
         places = [(by_place.get(_place_in(cfg.dataset, tar)) or next(new), tar) for tar in tars]
@@ -164,7 +169,7 @@ def survey(cfg: IndexConfig, tars: Sequence[Path]) -> tuple[Work, list[str]]:
             for (number, record), version in zip(records.items(), versions, strict=True)
             if number not in wrong and (record.version, record.rules) == (version, _rules(cfg))
         }
-    return Work(numbered, done), sorted(set(read) - set(numbered))
+    return Work(numbered, done), sorted({path.stem for path in paths} - set(numbered))
 
 
 def index_tar(cfg: IndexConfig, number: str, tar: Path) -> Result:

@@ -1,6 +1,7 @@
 """List the members of a tar from its headers alone: USTAR, GNU and pax, any length of name."""
 
 import re
+import struct
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ _WITHOUT_CONTENT = frozenset(
 _EXTENDED = frozenset({tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
 _PASSED_OVER = frozenset({tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE})
 _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=\n]+)=")
+# Name, size, checksum, type, and the prefix of a long name.
+_FIELDS = struct.Struct("100s24x12s12x8sc188x155s12x")
+_OCTAL = re.compile(rb" *[0-7]+[ \0]*")
 # A sample's key is what comes before the first dot of the file's name, as in `webdataset`.
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _METADATA = re.compile(r"__[^/]*__($|/)")
@@ -70,30 +74,33 @@ def read_members(file: Readable, *, repair: str, digest: Digest | None = None) -
     """
     at, extended = 0, dict[str, str]()
     while True:
-        header = _read(file, at, BLOCK_BYTES, repair, digest)
-        if not header.strip(b"\0"):
+        block = _read(file, at, BLOCK_BYTES, repair, digest)
+        if not block.strip(b"\0"):
             return
-        info = _parse(file, at, header, repair)
+        header = _parse(file, at, block, repair)
         payload = at + BLOCK_BYTES
-        num_bytes = _size(info, extended)
+        num_bytes = _size(header, extended)
         at = payload + -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
         if file.num_bytes < at:
             raise cut(file, at, repair)
-        if info.type in _EXTENDED:
+        if header.type in _EXTENDED:
             if num_bytes > _MOST_EXTENDED_BYTES:
                 raise _no_header(file, payload, f"a name of {num_bytes} bytes", repair)
             content = _read(file, payload, num_bytes, repair, digest)
-            extended |= _extended(info, content)
-        elif info.type not in _PASSED_OVER:
-            if info.issparse() or any(key.startswith("GNU.sparse") for key in extended):
+            extended |= _extended(header.type, content)
+        elif header.type not in _PASSED_OVER:
+            sparse = any(key.startswith("GNU.sparse") for key in extended)
+            if sparse or header.type == tarfile.GNUTYPE_SPARSE:
                 raise _no_header(file, payload - BLOCK_BYTES, "a sparse file", repair)
-            if info.isreg():
-                yield Member(extended.get("path", info.name), payload, num_bytes)
+            if header.type in tarfile.REGULAR_TYPES:
+                yield Member(extended.get("path", header.name), payload, num_bytes)
             extended = {}
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Split a member's name into key and extension, as `webdataset` does; None: no sample's file.
+    """Split a member's name into key and extension, as `webdataset` does.
+
+    None: it is no sample's file: it has no extension, is hidden, or is metadata (`__x__`).
 
     `dir.v1/000.latent.npy` is ('dir.v1/000', 'latent.npy').
     """
@@ -118,7 +125,15 @@ def _read(file: Readable, at: int, num_bytes: int, repair: str, digest: Digest |
     return content
 
 
-def _parse(file: Readable, at: int, header: bytes, repair: str) -> tarfile.TarInfo:
+class _Header(NamedTuple):
+    name: str
+    type: bytes
+    num_bytes: int
+
+
+def _parse(file: Readable, at: int, header: bytes, repair: str) -> _Header:
+    if plain := _parse_plain(header):
+        return plain
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
     except tarfile.HeaderError as error:
@@ -126,24 +141,38 @@ def _parse(file: Readable, at: int, header: bytes, repair: str) -> tarfile.TarIn
         raise _no_header(file, at, what, repair) from error
     if info.size < 0:
         raise _no_header(file, at, f"a file of {info.size} bytes", repair)
-    return info
+    return _Header(info.name, info.type, info.size)
+
+
+def _parse_plain(header: bytes) -> _Header | None:
+    """Read the header of a regular file with a short ASCII name, as most are, in less time."""
+    padded, size, checksum, kind, prefix = _FIELDS.unpack(header)
+    name = padded.rstrip(b"\0")
+    if kind != tarfile.REGTYPE or prefix[0] or not name.isascii() or b"\0" in name:
+        return None
+    if not _OCTAL.fullmatch(size) or not _OCTAL.fullmatch(checksum):
+        return None
+    # The checksum counts its own eight bytes as spaces.
+    if int(checksum.strip(b" \0"), 8) != sum(header) - sum(checksum) + 8 * ord(" "):
+        return None
+    return _Header(name.decode(), kind, int(size.strip(b" \0"), 8))
 
 
 def _no_header(file: Readable, at: int, what: str, repair: str) -> BadData:
     return BadData(f"{file.path}: byte {at} is no tar header that Kiln reads ({what}). {repair}")
 
 
-def _size(info: tarfile.TarInfo, extended: dict[str, str]) -> int:
+def _size(header: _Header, extended: dict[str, str]) -> int:
     """Bytes that follow the header; links and folders have none, whatever they say."""
-    if info.type in _WITHOUT_CONTENT:
+    if header.type in _WITHOUT_CONTENT:
         return 0
-    size = extended.get("size", "") if info.isreg() else ""
-    return int(size) if size.isdecimal() else info.size
+    size = extended.get("size", "") if header.type in tarfile.REGULAR_TYPES else ""
+    return int(size) if size.isdecimal() else header.num_bytes
 
 
-def _extended(info: tarfile.TarInfo, content: bytes) -> dict[str, str]:
+def _extended(kind: bytes, content: bytes) -> dict[str, str]:
     """Read what a long name or a pax header says of the file that follows."""
-    if info.type == tarfile.GNUTYPE_LONGNAME:
+    if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": content.split(b"\0")[0].decode("utf-8", "backslashreplace")}
     records, at = {}, 0
     while (found := _PAX_RECORD.match(content, at)) and int(found[1]) > len(found[0]):

@@ -43,8 +43,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
         yield pattern
         return
     head, inside, tail = pattern[: found.start()], found[1], pattern[found.end() :]
-    for rest in expand_braces(tail):
-        yield from (f"{head}{choice}{rest}" for choice in _choices(pattern, inside))
+    for choice in _choices(pattern, inside):
+        yield from (f"{head}{choice}{rest}" for rest in expand_braces(tail))
 
 
 def _choices(pattern: str, inside: str) -> Iterator[str]:
