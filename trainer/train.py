@@ -13,8 +13,8 @@ from trainer.config import TrainConfig
 from trainer.data.manifest import check_files
 from trainer.data.opening import open_readers
 from trainer.data.publish import publish_json
+from trainer.datasets import begin, find_datasets, find_law, weights_of
 from trainer.errors import BadInput
-from trainer.feed import begin, find_datasets, find_law, weights_of
 from trainer.place import place, storage
 from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
