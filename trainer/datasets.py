@@ -1,6 +1,7 @@
 """Which datasets a run reads, and the law of their order: from its config alone, without torch."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from trainer.config import DataConfig, TrainConfig
@@ -15,6 +16,11 @@ STREAM = "stream.jsonl"
 """In a run's folder: where its stream went on at the beginning of each attempt."""
 
 
+def dataset_places(cfg: DataConfig) -> list[Path]:
+    """List where the datasets of a run lie."""
+    return [place(where) for where in (cfg.dataset, *(other.dataset for other in cfg.mix))]
+
+
 def find_datasets(cfg: TrainConfig) -> list[Dataset]:
     """Read the manifests of a run's datasets, and find the encodings that its encoders made.
 
@@ -22,8 +28,7 @@ def find_datasets(cfg: TrainConfig) -> list[Dataset]:
         BadInput: A dataset is not there, or has no latents of these encoders.
     """
     found = []
-    for where in (cfg.data.dataset, *(other.dataset for other in cfg.data.mix)):
-        folder = place(where)
+    for folder in dataset_places(cfg.data):
         manifest = load_manifest(folder)
         pictures = cfg.model.kind == "autoencoder_kl"
         encoding = None if pictures else matching_encoding(cfg, folder, manifest)
@@ -32,11 +37,18 @@ def find_datasets(cfg: TrainConfig) -> list[Dataset]:
 
 
 def find_law(cfg: TrainConfig, datasets: Sequence[Dataset], saved: Mapping[str, Any] | None) -> Law:
-    """Fix the order of a run's samples, as a saved state of it counts them.
+    """Fix the order of a run's samples, and refuse steps that it does not allow.
 
     Raises:
-        BadInput: The config asks for an order that cannot be had.
+        BadInput: The config asks for an order or a batch that cannot be had.
     """
+    law = law_of(cfg, datasets, saved)
+    stream.check_step(law, cfg.batch.global_batch_images)
+    return law
+
+
+def law_of(cfg: TrainConfig, datasets: Sequence[Dataset], saved: Mapping[str, Any] | None) -> Law:
+    """Fix the order of a run's samples, as a saved state of it counts them."""
     layout = Layout(
         seed=cfg.seed,
         mode=cfg.data.order,
@@ -47,9 +59,7 @@ def find_law(cfg: TrainConfig, datasets: Sequence[Dataset], saved: Mapping[str, 
     versions = stream.removal_versions(saved) if saved else None
     if versions is not None and len(versions) != len(datasets):
         versions = None  # `begin` says what is wrong
-    law = make_law(datasets, layout, removal_versions=versions)
-    stream.check_step(law, cfg.batch.global_batch_images)
-    return law
+    return make_law(datasets, layout, removal_versions=versions)
 
 
 def begin(law: Law, weights: Sequence[float], saved: Mapping[str, Any] | None) -> State:

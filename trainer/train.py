@@ -13,9 +13,9 @@ from trainer.config import TrainConfig
 from trainer.data.manifest import check_files
 from trainer.data.opening import open_readers
 from trainer.data.publish import publish_json
-from trainer.datasets import begin, find_datasets, find_law, weights_of
+from trainer.datasets import begin, dataset_places, find_datasets, find_law, weights_of
 from trainer.errors import BadInput
-from trainer.place import place, storage
+from trainer.place import storage
 from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
@@ -37,8 +37,8 @@ def run(cfg: TrainConfig) -> int:
         )
     folder = Path(cfg.run)
     with ExitStack() as stack:
-        for where in (cfg.data.dataset, *(other.dataset for other in cfg.data.mix)):
-            stack.enter_context(storage(place(where)))
+        for where in dataset_places(cfg.data):
+            stack.enter_context(storage(where))
         datasets = find_datasets(cfg)
         law = find_law(cfg, datasets, None)
         with locked(folder):
