@@ -122,7 +122,8 @@ def history(run: Path) -> Iterator[History]:
         law = law_of(cfg, datasets, record[0]["stream"])
         reached, reached_by = _reached(run, record)
         readers = open_readers(datasets, law, keys_only=True)
-        stack.callback(lambda: [reader.close() for reader in readers])
+        for reader in readers:
+            stack.callback(reader.close)
         yield History(law, _stretches(law, record), tuple(readers), reached, reached_by)
 
 

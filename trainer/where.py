@@ -55,9 +55,7 @@ class Home(NamedTuple):
 
 def main(argv: Sequence[str]) -> int:
     """`kiln where run=RUN key=KEY`."""
-    # Unquoted, a key of digits would be taken for a number.
-    words = [f"key='{w[4:]}'" if w.startswith("key=") and w[4:].isalnum() else w for w in argv]
-    return run_command(run, WhereConfig, "where", words)
+    return run_command(run, WhereConfig, "where", [_quoted(word) for word in argv])
 
 
 def run(cfg: WhereConfig) -> int:
@@ -172,6 +170,12 @@ def _by_search(
                 for _ in range(np.count_nonzero(positions == due[epoch])):
                     yield step, epoch
         state = advance(law, state, images)
+
+
+def _quoted(word: str) -> str:
+    """Keep a key of digits from being taken for a number."""
+    name, _, key = word.partition("=")
+    return f"key='{key}'" if name == "key" and not {"'", '"'} & set(key) else word
 
 
 def _members(law: Law, dataset: str | None) -> list[int]:
