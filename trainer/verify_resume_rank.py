@@ -1,11 +1,9 @@
-"""One rank of `kiln verify-resume`: goes through a dataset in step with the others, and writes down
-which samples it got.
-"""
+"""One rank of `kiln verify-resume`: reads in step with the others, and writes down what it got."""
 
-import traceback
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -59,34 +57,29 @@ def opened(job: Job, rank: int) -> Iterator[Source]:
 
 
 def iterate(job: Job, pace: Pace, gate: Connection) -> None:
-    """Take one step for each message through the gate; answer when its samples are written down.
+    """Take one step for each message through the gate, until it is closed.
 
-    A message True is one step, False is the end. An answer is None, or what went wrong.
+    The answer comes when the step's samples are written down: None, or the error that ends it all.
     """
     torch.set_num_threads(1)
-    try:
-        with opened(job, pace.rank) as source:
+    with suppress(EOFError, BrokenPipeError), opened(job, pace.rank) as source:
+        try:
             _iterate(job, pace, gate, source)
-    except (BadInput, BadWorld) as error:
-        gate.send(str(error))
-    except (EOFError, BrokenPipeError):  # whoever started this rank is gone
-        return
-    except Exception:
-        gate.send(traceback.format_exc())
+        except (BadInput, BadWorld) as error:
+            gate.send(error)
 
 
 def _iterate(job: Job, pace: Pace, gate: Connection, source: Source) -> None:
     law = source.samples.law
     state = stream.from_json(law, job.saved) if job.saved else stream.begin(law, [1.0])
     num_micro = pace.global_batch_images // pace.world // pace.micro_batch_images
-    record = JsonLines(Path(job.folder) / f"rank_{pace.rank}.jsonl")
-    with closing(record), closing(micro_batches(source, state, pace)) as batches:
-        while gate.recv():
-            seen: list[list[int]] = []
-            for _ in range(num_micro):
-                batch = next(batches)
-                pairs = zip(batch.ids_B.tolist(), batch.visits_B.tolist(), strict=True)
-                seen += [list(pair) for pair in pairs]
+    batches = micro_batches(source, state, pace)
+    with closing(JsonLines(Path(job.folder) / f"rank_{pace.rank}.jsonl")) as record:
+        while True:
+            gate.recv()
+            seen: list[tuple[int, int]] = []
+            for batch in islice(batches, num_micro):
+                seen += zip(batch.ids_B.tolist(), batch.visits_B.tolist(), strict=True)
             state = stream.advance(law, state, pace.global_batch_images)
             record.append([{"samples": seen, "state": stream.to_json(law, state)}])
             gate.send(None)
