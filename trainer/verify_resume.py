@@ -10,40 +10,30 @@ or names the first step that differs, with the samples that are missing there or
 of the dataset is changed.
 """
 
-import random
 import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from math import lcm
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.command import run_command
-from trainer.data.loader import Pace
 from trainer.data.manifest import list_encodings, load_manifest
 from trainer.data.opening import Layout
 from trainer.data.stream import Law, State, from_json
-from trainer.errors import BadInput, BadWorld
+from trainer.errors import BadInput
 from trainer.frozen import config
 from trainer.observe.countdown import Countdown
 from trainer.observe.jsonl import read_rows
 from trainer.place import Place, storage
-from trainer.verify_resume_rank import Job, iterate, opened
+from trainer.verify_resume_attempts import Seen, Step, read_killed, read_whole
+from trainer.verify_resume_rank import Job, opened
 
 PICTURES = "pictures"
 SIDE_PX = 64
 _SHOWN = 8
-
-Seen = Counter[tuple[int, int]]
-"""(sample id, how often it was seen before) -> times."""
 
 
 @config
@@ -83,19 +73,6 @@ class VerifyResumeConfig:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What all ranks got in one step."""
-
-    first: int
-    """The step's place, in steps of `global_batch_images`."""
-    size: int
-    """How many of them it is."""
-    seen: Seen
-    saved: dict[str, Any]
-    """The state behind it."""
-
-
 def main(argv: Sequence[str]) -> int:
     """`kiln verify-resume dataset=DATASET`."""
     return run_command(run, VerifyResumeConfig, "verify-resume", argv)
@@ -116,23 +93,36 @@ def run(cfg: VerifyResumeConfig) -> int:
         with opened(job, 0) as source:
             law = source.samples.law
         num_samples = sum(law.sizes[0].values())
-        steps = cfg.steps or 2 * num_samples // cfg.global_batch_images + 3
-        whole = _whole(cfg, job, steps)
-        killed, worlds = _killed(cfg, job, steps, elastic=len(law.buckets) == 1)
-        num_bad = len(
-            {(r["shard"], r["key"]) for p in Path(work).glob("*/q*") for r in read_rows(p)}
-        )
-        problem = compare(whole, killed) or repeated(law, whole, num_bad=num_bad)
+        num_steps = cfg.steps or 2 * num_samples // cfg.global_batch_images + 3
+        sizes = (1, 2, 3) if len(law.buckets) == 1 else (1,)
+        with Countdown("uninterrupted", num_steps, unit="steps") as progress:
+            whole = read_whole(job, cfg.global_batch_images, num_steps, progress.update)
+            progress.finish()
+        with Countdown("with kills", num_steps, unit="steps") as progress:
+            attempts = read_killed(
+                job,
+                cfg.global_batch_images,
+                num_steps,
+                kills=cfg.kills,
+                worlds=cfg.worlds,
+                sizes=sizes,
+                progress=progress.update,
+            )
+            progress.finish()
+        logs = [row for path in Path(work).glob("*/quarantine_*") for row in read_rows(path)]
+        num_bad = len({(row["shard"], row["key"]) for row in logs})
+        steps = [step for attempt in attempts for step in attempt.steps]
+        problem = compare(whole, steps) or repeated(law, whole, num_bad=num_bad)
         if problem:
             sys.stdout.write(f"{problem}\n")
             return 1
         epochs = whole_epochs(law, from_json(law, whole[-1].saved))
-        bad = f", {num_bad} bad samples replaced" if num_bad else ""
+        worlds = ", ".join(str(attempt.world) for attempt in attempts)
+        once = f"{num_bad} bad samples replaced" if num_bad else "each once"
         sys.stdout.write(
-            f"identical: {steps} steps of {cfg.global_batch_images} "
-            f"{job.encoding or PICTURES}, {len(worlds) - 1} kills, worlds "
-            f"{', '.join(map(str, worlds))}; {epochs} whole epochs of {num_samples} samples, "
-            f"each once{bad}\n"
+            f"identical: {num_steps} steps of {cfg.global_batch_images} "
+            f"{'latents' if job.encoding else PICTURES}, {min(cfg.kills, len(attempts))} kills, "
+            f"worlds {worlds}; {epochs} whole epochs of {num_samples} samples, {once}\n"
         )
         return 0
 
@@ -190,131 +180,6 @@ def whole_epochs(law: Law, state: State) -> int:
 def _some(samples: Seen) -> str:
     names = [f"{id_ & (2**64 - 1):016x}@{epoch}" for id_, epoch in sorted(samples)[:_SHOWN]]
     return f" ({', '.join(names)}{', ...' if len(samples) > _SHOWN else ''})" if names else ""
-
-
-def _whole(cfg: VerifyResumeConfig, job: Job, steps: int) -> list[Step]:
-    """Read in one process that nobody kills, without reading ahead."""
-    pace = Pace(0, 1, cfg.global_batch_images, cfg.global_batch_images, 1, 0)
-    job = replace(job, folder=f"{job.folder}/whole")
-    with Countdown("uninterrupted", steps, unit="steps") as progress:
-        with _ranks(job, pace) as gates:
-            for done in range(1, steps + 1):
-                _take_step(gates)
-                progress.update(done)
-        progress.finish()
-    return _finished(job, pace, first=0, size=1)
-
-
-def _killed(
-    cfg: VerifyResumeConfig, job: Job, steps: int, *, elastic: bool
-) -> tuple[list[Step], list[int]]:
-    """Read with kills; give the steps that count, and how many processes each attempt had."""
-    chance, found, worlds = random.Random(cfg.seed), list[Step](), list[int]()  # noqa: S311 - no secret
-    with Countdown("with kills", steps, unit="steps") as progress:
-        for attempt in range(cfg.kills + 1):
-            first = found[-1].first + found[-1].size if found else 0
-            if first == steps:
-                break
-            size = chance.choice([s for s in (1, 2, 3) if elastic or s == 1])
-            # The last attempt takes all that is left, and so steps that fit.
-            last = attempt == cfg.kills
-            size = 1 if last or (steps - first) < size else size
-            pace = _pace(cfg, chance, size)
-            left = (steps - first) // size
-            num_steps = left if last else min(left, chance.randint(0, 2 * left // (cfg.kills + 1)))
-            saved = found[-1].saved if found else None
-            job = replace(job, saved=saved, folder=f"{Path(job.folder).parent}/attempt_{attempt}")
-            with _ranks(job, pace) as gates:
-                for done in range(1, num_steps + 1):
-                    _take_step(gates)
-                    progress.update(first + done * size)
-                if not last:  # in the middle of a step, if there is one more
-                    _open(gates if num_steps < left else [])
-                    time.sleep(chance.random() * 0.01)
-            found += _finished(job, pace, first=first, size=size)
-            worlds.append(pace.world)
-        progress.finish()
-    return found, worlds
-
-
-def _pace(cfg: VerifyResumeConfig, chance: random.Random, size: int) -> Pace:
-    world = chance.choice(cfg.worlds)
-    images = cfg.global_batch_images * size
-    own = images // world
-    return Pace(
-        rank=0,
-        world=world,
-        global_batch_images=images,
-        micro_batch_images=chance.choice([n for n in range(1, own + 1) if own % n == 0]),
-        threads=chance.choice([1, 2, 3]),
-        prefetch_batches=chance.choice([0, 1, 4]),
-    )
-
-
-@contextmanager
-def _ranks(job: Job, pace: Pace) -> Iterator[list[Connection]]:
-    """Start a process for each rank; kill all of them at the end."""
-    Path(job.folder).mkdir(exist_ok=True)
-    context, gates, processes = get_context("spawn"), list[Connection](), []
-    try:
-        for rank in range(pace.world):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=iterate, args=(job, replace(pace, rank=rank), there), daemon=True
-            )
-            process.start()
-            there.close()
-            processes.append(process)
-            gates.append(here)
-        yield gates
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-        for gate in gates:
-            gate.close()
-
-
-def _open(gates: Sequence[Connection]) -> None:
-    for rank, gate in enumerate(gates):
-        try:
-            gate.send(True)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise _ended(rank) from error
-
-
-def _take_step(gates: Sequence[Connection]) -> None:
-    """Let all ranks take one step, and wait for them."""
-    _open(gates)
-    for rank, gate in enumerate(gates):
-        try:
-            problem = gate.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise _ended(rank) from error
-        if problem:
-            raise BadInput(problem)
-
-
-def _ended(rank: int) -> BadWorld:
-    return BadWorld(
-        f"the process of rank {rank} ended by itself: the machine may have run out of memory. Try "
-        "fewer worlds= or a smaller global_batch_images=."
-    )
-
-
-def _finished(job: Job, pace: Pace, *, first: int, size: int) -> list[Step]:
-    """Read what the ranks wrote, up to the last step that all of them finished."""
-    ranks = [read_rows(Path(job.folder) / f"rank_{rank}.jsonl") for rank in range(pace.world)]
-    return [
-        Step(
-            first=first + number * size,
-            size=size,
-            seen=Seen((id_, visit) for row in rows for id_, visit in row["samples"]),
-            saved=rows[0]["state"],
-        )
-        for number, rows in enumerate(zip(*ranks, strict=False))
-    ]
 
 
 def _encoding(cfg: VerifyResumeConfig) -> str | None:
