@@ -10,11 +10,9 @@ from pathlib import Path
 
 from trainer.command import run_command
 from trainer.config import TrainConfig
-from trainer.data.manifest import check_files
-from trainer.data.opening import open_readers
 from trainer.data.publish import publish_json
 from trainer.errors import BadInput
-from trainer.feed import begin, find_datasets, find_law, weights_of
+from trainer.feed import check_feed
 from trainer.place import place, storage
 from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
@@ -39,18 +37,15 @@ def run(cfg: TrainConfig) -> int:
     with ExitStack() as stack:
         for where in (cfg.data.dataset, *(other.dataset for other in cfg.data.mix)):
             stack.enter_context(storage(place(where)))
-        datasets = find_datasets(cfg)
-        law = find_law(cfg, datasets, None)
+        check_feed(cfg, None)
         with locked(folder):
             for line in freeze_config(folder, cfg):
                 log.warning("changed since the run began: %s", line)
             newest = newest_valid(folder / "checkpoints")
-            if newest is None:
-                for reader in open_readers(datasets, law):
-                    check_files(reader.folder, reader.entries)
+            state = read_state(newest) if newest else None
+            check_feed(cfg, state.stream if state else None, files=state is None)
+            if state is None:
                 return _start(folder, cfg, plan)
-            state = read_state(newest)
-            begin(find_law(cfg, datasets, state.stream), weights_of(cfg.data), state.stream)
             if state.images_seen >= cfg.total_images:
                 log.info("%s: nothing to do, all %d steps are done", folder, state.step)
                 return 0
