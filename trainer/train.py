@@ -18,7 +18,7 @@ from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.local import run_ranks
-from trainer.runtime.rundir import attempt_dir, freeze_config, locked, new_attempt
+from trainer.runtime.rundir import attempt_dir, config_changes, freeze_config, locked, new_attempt
 from trainer.runtime.signals import EXIT_REQUEUE
 
 log = logging.getLogger(__name__)
@@ -39,11 +39,13 @@ def run(cfg: TrainConfig) -> int:
             stack.enter_context(storage(place(where)))
         check_feed(cfg, None)
         with locked(folder):
-            for line in freeze_config(folder, cfg):
-                log.warning("changed since the run began: %s", line)
+            changes = config_changes(folder, cfg)
             newest = newest_valid(folder / "checkpoints")
             state = read_state(newest) if newest else None
             check_feed(cfg, state.stream if state else None, files=state is None)
+            for line in changes:
+                log.warning("changed since the run began: %s", line)
+            freeze_config(folder, cfg)
             if state is None:
                 return _start(folder, cfg, plan)
             if state.images_seen >= cfg.total_images:
