@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.buckets import Box, nearest_box
+from trainer.data.decode import cover, decode_bgr
 from trainer.data.manifest import ShardEntry
 from trainer.data.shards import Shard, read_index
-from trainer.data.sources import cover, decode_bgr
 from trainer.errors import BadInput
 
 # Shape suffixes: H W rows and columns, C colours.

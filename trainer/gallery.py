@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from trainer.data.decode import decode_square
 from trainer.data.manifest import Manifest, load_manifest
 from trainer.data.publish import publish_json, published
 from trainer.data.shards import Shard, read_index
-from trainer.data.sources import decode_square
 from trainer.place import place
 from trainer.sampler import Pixels, Sampler
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.latents_without_encoders import CHANNELS, SIDE, TEXT_WIDTH, make_dataset
 from trainer.data.manifest import list_encodings, load_manifest
-from trainer.data.sources import LatentSource, PictureSource, decode_square, pad_texts
+from trainer.data.sources import LatentSource, PictureSource, pad_texts
 from trainer.data.stream import micro_batches
 from trainer.errors import BadInput
 
@@ -116,11 +116,6 @@ def test_padding_keeps_every_token():
     assert mask_BL.sum(1).tolist() == [2, 5, 1]
     for row, text in enumerate(texts):
         assert torch.equal(text_BLD[row, : len(text)], text)
-
-
-def test_what_is_no_picture_is_named():
-    with pytest.raises(BadInput, match=r"0123\.jpg does not decode"):
-        decode_square(b"<html>", 32, name="0123.jpg")
 
 
 def test_a_tar_cut_in_half_is_named_and_the_stream_ends(tmp_path):

@@ -22,6 +22,7 @@ from data_prep.config import EncodeConfig, VerifyConfig
 from data_prep.probe import probe
 from tests import tiny_encoders
 from tests.tiny_dataset import publish, sample, scenes_dataset
+from trainer.data.decode import cover, decode_square
 from trainer.data.manifest import (
     check_files,
     encoding_folder,
@@ -30,7 +31,7 @@ from trainer.data.manifest import (
     save_manifest,
 )
 from trainer.data.shards import Sample, Shard, read_index
-from trainer.data.sources import LatentSource, cover, decode_square
+from trainer.data.sources import LatentSource
 from trainer.errors import BadInput
 from trainer.frozen import compose, freeze, thaw
 from trainer.models.autoencoders import load_autoencoder
