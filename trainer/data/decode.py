@@ -34,7 +34,8 @@ MAX_PIXELS = 2**26
 """Pictures that announce more are not decoded; 8192x8192 take 200 MB in each thread."""
 
 _BEHIND_BGR = (255, 255, 255)
-# A reduced JPEG keeps this much to be averaged away: with less, quality falls (decision 16).
+# A JPEG is reduced to the wanted side itself, or to this many times of it: resizing it by less
+# makes it dull (decision 16).
 _MARGIN = 1.25
 
 
@@ -59,8 +60,8 @@ def decode_square(
     """Decode a picture for training: resize its shorter side and crop the centre.
 
     The same bytes give the same pixels in any thread. They are near those of `decode_bgr` and
-    `cover`, but not equal: large JPEGs are reduced while they are decoded, and the rest is resized
-    by an antialiased cubic filter. `kiln encode` does not use it.
+    `cover`, but not equal: large JPEGs are reduced while they are decoded, and another filter
+    resizes the rest. `kiln encode` does not use it.
 
     Args:
         content: JPEG, PNG or WebP of any colour mode.
@@ -75,11 +76,17 @@ def decode_square(
     Raises:
         BadData: The bytes are no whole picture, or one of too many pixels.
     """
-    bgr_HWC, width, height = _decode(content, name=name, max_pixels=max_pixels, side_px=side_px)
-    wide, high = _covering(width, height, side_px, side_px)
-    if bgr_HWC.shape[:2] != (high, wide):
-        bgr_HWC = _resized(bgr_HWC, wide, high)
-    return _cropped(bgr_HWC, side_px, side_px, out).rgb_HWC
+    assert out is None or out.shape == (side_px, side_px, 3)
+    assert out is None or (out.dtype == np.uint8 and out.flags.c_contiguous)
+    bgr_HWC = _decode(content, name=name, max_pixels=max_pixels, side_px=side_px)
+    height, width = bgr_HWC.shape[:2]
+    shorter = min(height, width)
+    top, left = (height - shorter) // 2, (width - shorter) // 2
+    bgr_HWC = bgr_HWC[top : top + shorter, left : left + shorter]
+    if shorter != side_px:
+        bgr_HWC = _resized(bgr_HWC, side_px)
+    rgb_HWC: NDArray[np.uint8] = cv2.cvtColor(bgr_HWC, cv2.COLOR_BGR2RGB, dst=out)
+    return rgb_HWC
 
 
 def decode_bgr(content: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -95,7 +102,7 @@ def decode_bgr(content: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> ND
     Raises:
         BadData: The bytes are no whole picture, or one of too many pixels.
     """
-    return _decode(content, name=name, max_pixels=max_pixels)[0]
+    return _decode(content, name=name, max_pixels=max_pixels)
 
 
 def cover(bgr_HWC: NDArray[np.uint8], width_px: int, height_px: int) -> Covered:
@@ -104,45 +111,33 @@ def cover(bgr_HWC: NDArray[np.uint8], width_px: int, height_px: int) -> Covered:
     Latents depend on these pixels: see decision 16 before a change.
     """
     height, width = bgr_HWC.shape[:2]
-    size = _covering(width, height, width_px, height_px)
-    if size != (width, height):
-        shrinks = size[0] < width or size[1] < height
-        how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-        bgr_HWC = cv2.resize(bgr_HWC, size, interpolation=how)
-    return _cropped(bgr_HWC, width_px, height_px)
-
-
-def _covering(width: int, height: int, width_px: int, height_px: int) -> tuple[int, int]:
-    """Give width and height of a picture that was resized to just cover a box."""
     scale = max(width_px / width, height_px / height)
-    return max(width_px, round(width * scale)), max(height_px, round(height * scale))
-
-
-def _cropped(
-    bgr_HWC: Bgr, width_px: int, height_px: int, out: NDArray[np.uint8] | None = None
-) -> Covered:
-    assert out is None or out.shape == (height_px, width_px, 3)
-    assert out is None or (out.dtype == np.uint8 and out.flags.c_contiguous)
+    if scale != 1:
+        size = (max(width_px, round(width * scale)), max(height_px, round(height * scale)))
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        bgr_HWC = cv2.resize(bgr_HWC, size, interpolation=how)
     top, left = (bgr_HWC.shape[0] - height_px) // 2, (bgr_HWC.shape[1] - width_px) // 2
     crop = bgr_HWC[top : top + height_px, left : left + width_px]
-    return Covered(cv2.cvtColor(crop, cv2.COLOR_BGR2RGB, dst=out), top, left)
+    return Covered(cv2.cvtColor(crop, cv2.COLOR_BGR2RGB), top, left)
 
 
-def _resized(bgr_HWC: Bgr, width: int, height: int) -> Bgr:
-    """Resize by PyTorch's antialiased cubic filter on bytes; averaging by OpenCV takes longer."""
+def _resized(bgr_HWC: Bgr, side_px: int) -> Bgr:
+    """Resize a square, by averaging if whole pixels become one, else by a better filter.
+
+    PyTorch's antialiased cubic filter on bytes takes half the time of OpenCV's averaging of
+    fractions of pixels.
+    """
+    if len(bgr_HWC) % side_px == 0:
+        averaged: Bgr = cv2.resize(bgr_HWC, (side_px, side_px), interpolation=cv2.INTER_AREA)
+        return averaged
     bgr_1CHW = torch.from_numpy(bgr_HWC).permute(2, 0, 1)[None]
-    size = (height, width)
+    size = (side_px, side_px)
     found = torch.nn.functional.interpolate(bgr_1CHW, size, mode="bicubic", antialias=True)
     return found[0].permute(1, 2, 0).numpy()
 
 
-def _decode(
-    content: bytes, *, name: str, max_pixels: int, side_px: int | None = None
-) -> tuple[Bgr, int, int]:
-    """Decode a picture; give its pixels, and the width and height that they have unreduced.
-
-    JPEGs are reduced as far as a square of `side_px` does not lose by it; None: never.
-    """
+def _decode(content: bytes, *, name: str, max_pixels: int, side_px: int | None = None) -> Bgr:
+    """Decode a picture; JPEGs reduced as far as a square of `side_px` allows, None: not at all."""
     with _named(name):
         kind, whole, opened = _opened(content)
     width, height = opened.size
@@ -156,10 +151,7 @@ def _decode(
             bgr_HWC = _jpeg(whole, opened, _reduction(min(width, height), side_px))
         else:
             bgr_HWC = decode_pixels(whole, kind, opened, _BEHIND_BGR)
-        orientation = read_orientation(opened)
-        if orientation >= 5:
-            width, height = height, width
-        return upright(bgr_HWC, orientation), width, height
+        return upright(bgr_HWC, read_orientation(opened))
 
 
 @contextmanager
@@ -193,9 +185,10 @@ def _reduction(shorter_px: int, side_px: int | None) -> int:
     """Give the number by which a JPEG's sides may be divided while it is decoded."""
     if side_px is None:
         return 1
-    if shorter_px == 2 * side_px:
-        return 2
-    return next((n for n in (8, 4, 2) if shorter_px >= _MARGIN * n * side_px), 1)
+    fits = (
+        n for n in (8, 4, 2) if shorter_px == n * side_px or shorter_px >= _MARGIN * n * side_px
+    )
+    return next(fits, 1)
 
 
 def _jpeg(content: bytes, opened: Image.Image, reduction: int) -> Bgr:
