@@ -1,4 +1,4 @@
-"""A loopback web server of files that gives ranges, counts what it sends, and can be told to fail."""
+"""A loopback web server of files in ranges that counts what it sends and fails when told to."""
 
 import re
 import threading

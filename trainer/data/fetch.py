@@ -58,7 +58,7 @@ def read_range(
     return content
 
 
-def download(  # noqa: PLR0913
+def download(
     path: Path,
     write: Callable[[bytes], None],
     *,

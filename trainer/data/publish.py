@@ -63,7 +63,7 @@ def file_sha256(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    # A rename is durable only once the folder that holds the name is on disk.
+    """Bring a folder's names to disk: only then is a rename durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -192,7 +193,7 @@ def test_the_bound_holds_while_threads_and_processes_fetch(tmp_path):
     for process in processes:
         evicted.append(int(process.communicate()[0]))
         assert process.returncode == 0
-    assert 600_000 <= most_bytes
+    assert most_bytes >= 600_000
     assert total_bytes(folder) <= 1_000_000
     assert min(evicted) > 0
 
@@ -273,9 +274,7 @@ def test_a_wrong_hash_is_fetched_once_more_whole_and_then_named(server, tmp_path
 
 @pytest.mark.parametrize("num_bytes", [999, 1001, PIECE_BYTES, PIECE_BYTES + 1])
 @pytest.mark.parametrize("where", ["http", "memory", "local"])
-def test_a_shard_of_another_size_is_refused_even_without_a_hash(
-    server, tmp_path, num_bytes, where
-):
+def test_a_shard_of_another_size_is_refused_even_without_a_hash(server, tmp_path, num_bytes, where):
     other = {999: 1000, 1001: 1000, PIECE_BYTES: PIECE_BYTES + 1, PIECE_BYTES + 1: PIECE_BYTES}
     data = server.files["a.tar"] = content(0, other[num_bytes])
     place("memory://sizes/a.tar").write_bytes(data)
@@ -335,6 +334,30 @@ def test_a_storage_that_never_answers_ends_in_bounded_time_and_the_download_is_k
         read(Cache(folder, max_bytes=GB, patience_s=0.2), path, data)
     assert time.monotonic() - started_s < 20
     assert [file.stat().st_size for file in shards(folder)] == [PIECE_BYTES]
+
+
+def test_processes_forked_in_mid_download_hold_no_lock_on_it(server, tmp_path):
+    data = server.files["a.tar"] = content(0)
+    path = place(f"{server.url}/a.tar")
+    cache = Cache(tmp_path / "c", max_bytes=GB, patience_s=0.5)
+    server.faults += [500] * 100
+    with ThreadPoolExecutor(1) as threads:
+        failing = threads.submit(read, cache, path, data)
+        while len(server.faults) > 98:
+            time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        try:
+            with pytest.raises(BadWorld):
+                failing.result()
+            server.faults.clear()
+            assert read(cache, path, data) == data
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it still lives
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +436,7 @@ def test_ranges_sit_out_broken_bodies(server):
 
 
 @needs_s3
+@pytest.mark.e2e
 def test_shards_of_an_s3_server_through_its_restart(tmp_path, monkeypatch):
     s3fs = pytest.importorskip("s3fs")
     server = S3Server(tmp_path / "s3")
@@ -426,14 +450,14 @@ def test_shards_of_an_s3_server_through_its_restart(tmp_path, monkeypatch):
         cache = Cache(tmp_path / "c", max_bytes=GB)
         root = place(f"s3://{BUCKET}/set")
         assert read(cache, root / "0.tar", data["0.tar"]) == data["0.tar"]
-        with pytest.raises(BadData, match="2.tar is not there"):
+        with pytest.raises(BadData, match=r"2\.tar is not there"):
             cache.open(root / "2.tar", num_bytes=9, sha256=None)
         for more in (-1, 1):
             with pytest.raises(BadData, match=f"bytes, need {len(data['1.tar']) + more}"):
                 cache.open(root / "1.tar", num_bytes=len(data["1.tar"]) + more, sha256=None)
         with pytest.raises(BadData, match="is cut"):
             read_range(root / "0.tar", 10**9, 10**9 + 5)
-        with pytest.raises(BadInput, match="AccessDenied|NoSuchBucket"):
+        with pytest.raises(BadInput, match=r"AccessDenied|NoSuchBucket"):
             cache.open(place("s3://other/a.tar"), num_bytes=9, sha256=None)
         server.kill()
         starter = threading.Timer(1, server.start)
