@@ -114,9 +114,6 @@ class Cache:
             with self._claimed(partial, final, num_bytes) as handle:
                 if handle is None:
                     continue
-                if final.exists():
-                    partial.unlink()
-                    continue
                 try:
                     self._fill(handle, partial, path, num_bytes, sha256)
                 except (BadData, OSError):
@@ -172,9 +169,8 @@ class Cache:
         self, handle: int, partial: Path, path: Path, num_bytes: int, sha256: str | None
     ) -> None:
         """Bring a partial file, which this thread holds, to a whole one on disk."""
-        start = os.fstat(handle).st_size
-        if sha256 is None or start > num_bytes:
-            start = 0  # nothing would tell the remains of another content
+        # Without a hash, nothing would tell the remains of another content.
+        start = 0 if sha256 is None else os.fstat(handle).st_size
         for last_try in (False, True):
             os.ftruncate(handle, start)
             os.lseek(handle, start, os.SEEK_SET)
