@@ -121,7 +121,8 @@ class Cache:
                     raise
                 with suppress(FileNotFoundError):  # somebody emptied the folder by hand
                     content = cast(BinaryIO, partial.open("rb", buffering=0))
-                    partial.replace(final)
+                    with self._giving_room():  # or a scan that is under way may see neither name
+                        partial.replace(final)
                     sync_folder(self._folder)
                     self._count(misses=1)
                     return content
@@ -207,7 +208,7 @@ class Cache:
 
     @contextmanager
     def _giving_room(self) -> Iterator[None]:
-        """Be the only one that makes and removes files."""
+        """Be the only one that makes, renames and evicts files."""
         self._folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -223,7 +224,7 @@ class Cache:
             for file in found:
                 ours = _OURS.fullmatch(file.name)
                 if ours:
-                    with suppress(FileNotFoundError):  # a download that became whole
+                    with suppress(FileNotFoundError):  # a download that failed
                         used_ns = file.stat().st_mtime_ns
                         entries.append(_Entry(used_ns, int(ours[1]), Path(file.path)))
         return entries
