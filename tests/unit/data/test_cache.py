@@ -315,7 +315,7 @@ def test_a_server_that_hangs_is_asked_again(server, tmp_path):
     data = server.files["a.tar"] = content(0)
     server.faults += ["hang"]
     hasty = UPath(f"{server.url}/a.tar", client_kwargs={"timeout": ClientTimeout(sock_read=0.3)})
-    cache = Cache(tmp_path / "c", max_bytes=GB)
+    cache = Cache(tmp_path / "c", max_bytes=GB, patience_s=0.1)  # once at least
     assert read(cache, hasty, data) == data
     assert cache.stats.retries == 1
 
