@@ -223,7 +223,8 @@ def make_data(folder: Path, peers: Mapping[str, Peer]) -> None:
         for data, source in files.items():
             out = folder / _name(system, data)
             kind = data.removeprefix("few-")
-            peers[system].ask(convert=str(source), out=str(out), kind=kind)
+            failed = peers[system].ask(do="convert", files=str(source), out=str(out), kind=kind)
+            assert not failed, (system, data)
 
 
 _DATA = ("pictures", "latents", "few-latents")

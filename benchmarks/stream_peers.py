@@ -4,17 +4,20 @@ Runs in the environment of `benchmarks/peers.txt`, because some of these librari
 versions than Kiln. Each line of standard input is a question, each line of output an answer.
 """
 
-import gc
 import json
+import multiprocessing
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from io import BytesIO
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -276,6 +279,8 @@ def open_litdata(job: Job) -> Iterable[Any]:
 
     where: dict[str, Any] = {"input_dir": job.where}
     if job.remote:
+        # Its faster client refuses a server without TLS, such as one on loopback.
+        litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
         where["cache_dir"] = job.cache
     data = litdata.StreamingDataset(**where, shuffle=True, drop_last=False)
     return litdata.StreamingDataLoader(
@@ -293,36 +298,91 @@ PEERS: dict[str, tuple[str, Convert | None, Callable[[Job], Iterable[Any]]]] = {
 """System -> (package, how to make its format of files, how to load it)."""
 
 
-def epoch(loader: Iterable[Any]) -> tuple[int, float]:
-    """Run through an epoch; give its samples and seconds."""
-    started_s, samples = time.perf_counter(), 0
-    for batch in loader:
-        samples += len(finish(batch)[0])
-    return samples, time.perf_counter() - started_s
+def run_epoch(loader: Iterable[Any]) -> int:
+    """Run through an epoch; give its samples."""
+    return sum(len(finish(batch)[0]) for batch in loader)
 
 
-def answer(system: str, question: dict[str, Any], loaders: dict[Job, Iterable[Any]]) -> Any:
-    """Do what one line asks: `convert`, `epochs` of a job, or `close` it."""
-    _, convert, load = PEERS[system]
-    if "convert" in question:
+def serve(system: str, job: Job, pipe: Connection) -> None:
+    """Run as many epochs of one job as are asked for; give the samples and seconds of each."""
+    loader = None
+    for epochs in iter(pipe.recv, 0):
+        found = []
+        for _ in range(epochs):
+            started_s = time.perf_counter()
+            # Opening counts: it is what the first epoch waits for.
+            loader = PEERS[system][2](job) if loader is None else loader
+            found.append((run_epoch(loader), time.perf_counter() - started_s))
+        pipe.send(found)
+
+
+def _shared_memory() -> set[str]:
+    """Name what mosaicml-streaming keeps in shared memory: a number and a word."""
+    return {path.name for path in Path("/dev/shm").glob("[0-9]" * 6 + "_*")}
+
+
+class Jobs:
+    """Every job in a process of its own, so that none finds what another one left behind."""
+
+    def __init__(self, system: str) -> None:
+        """Import what they need before they part."""
+        import boto3  # noqa: F401
+
+        self._system = system
+        self._context = multiprocessing.get_context("fork")
+        self._running: dict[Job, tuple[Any, Connection, set[str]]] = {}
+        if system == "mosaicml-streaming":
+            _streaming().base.util.clean_stale_shared_memory()
+        elif system != "Dataset of files":
+            import_module(system)
+
+    def run(self, job: Job, epochs: int) -> Any:
+        """Run epochs of a job; it stays open."""
+        before = _shared_memory()
+        if job not in self._running:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=serve, args=(self._system, job, theirs))
+            process.start()
+            theirs.close()
+            self._running[job] = process, ours, set()
+        _, pipe, prefixes = self._running[job]
+        pipe.send(epochs)
+        found = pipe.recv()
+        if not prefixes:
+            prefixes.update(name[:7] for name in _shared_memory() - before)
+        return found
+
+    def close(self, job: Job) -> None:
+        """End a job."""
+        process, pipe, prefixes = self._running.pop(job)
+        with suppress(BrokenPipeError):
+            pipe.send(0)
+        process.join(10)
+        process.kill()
+        # The next one with the same number would believe what it finds, and read half a shard.
+        for name in _shared_memory():
+            if name[:7] in prefixes:
+                Path("/dev/shm", name).unlink(missing_ok=True)
+
+    def close_all(self) -> None:
+        """End all jobs."""
+        for job in list(self._running):
+            self.close(job)
+
+
+def answer(system: str, jobs: Jobs, question: dict[str, Any]) -> Any:
+    """Do what one line asks: `convert` files, run `epochs` of a job, or `close` it."""
+    if question["do"] == "convert":
+        convert = PEERS[system][1]
         assert convert is not None
-        convert(Path(question["convert"]), Path(question["out"]), question["kind"])
-        return {}
+        context = multiprocessing.get_context("fork")
+        words = (Path(question["files"]), Path(question["out"]), question["kind"])
+        process = context.Process(target=convert, args=words)
+        process.start()
+        process.join()
+        return process.exitcode
     job = Job(**question["job"])
-    if question["do"] == "close":
-        loaders.pop(job)
-        gc.collect()  # ends its workers
-        return {}
-    found = []
-    for _ in range(question["epochs"]):
-        # Opening counts: it is what the first epoch of a job waits for.
-        started_s = time.perf_counter()
-        if job not in loaders:
-            loaders[job] = load(job)
-        opening_s = time.perf_counter() - started_s
-        samples, seconds = epoch(loaders[job])
-        found.append((samples, seconds + opening_s))
-    return found
+    return jobs.close(job) if question["do"] == "close" else jobs.run(job, question["epochs"])
 
 
 def main(system: str) -> None:
@@ -331,14 +391,13 @@ def main(system: str) -> None:
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if system == "mosaicml-streaming":
-        _streaming().base.util.clean_stale_shared_memory()
-    package = PEERS[system][0]
+    package, jobs = PEERS[system][0], Jobs(system)
     print(json.dumps({package: version(package)}), file=answers)
-    loaders: dict[Job, Iterable[Any]] = {}
-    for line in sys.stdin:
-        print(json.dumps(answer(system, json.loads(line), loaders)), file=answers)
-    loaders.clear()
+    try:
+        for line in sys.stdin:
+            print(json.dumps(answer(system, jobs, json.loads(line))), file=answers)
+    finally:
+        jobs.close_all()
 
 
 if __name__ == "__main__":
