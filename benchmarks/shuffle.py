@@ -9,8 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.filters import shuffle as buffer_shuffle
 
-from benchmarks.harness import Case, Claim, Row, claim_at_least, claim_at_most, measure
-from benchmarks.harness import write_result
+from benchmarks.harness import (
+    Case,
+    Claim,
+    Row,
+    claim_at_least,
+    claim_at_most,
+    measure,
+    write_result,
+)
 from trainer.data.order import samples_at
 
 Int64s = NDArray[np.int64]
@@ -117,10 +124,16 @@ def claims(rows: list[Row]) -> list[Claim]:
         claim_at_least(
             f"{shards_metric}: Kiln's over uniform", measured=ratios[shards_metric], target=0.9
         ),
-        claim_at_most(f"{same}: Kiln's over webdataset's",
-            measured=value[same, KILN] / value[same, WEBDATASET], target=1.0),
-        claim_at_most(f"{in_batch}: Kiln's over webdataset's",
-            measured=value[in_batch, KILN] / value[in_batch, WEBDATASET], target=1.0),
+        claim_at_most(
+            f"{same}: Kiln's over webdataset's",
+            measured=value[same, KILN] / value[same, WEBDATASET],
+            target=1.0,
+        ),
+        claim_at_most(
+            f"{in_batch}: Kiln's over webdataset's",
+            measured=value[in_batch, KILN] / value[in_batch, WEBDATASET],
+            target=1.0,
+        ),
         claim_at_most(f"{repeated}", measured=value[repeated, KILN], target=10),
     ]
 

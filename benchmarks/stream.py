@@ -200,9 +200,7 @@ def _kiln(question: Question, where: str, cache: Path, epochs: int) -> Epochs:
         if question.kind == "latents":
             batches = kiln_latents(where, cache=cache, epoch=epoch, batch=BATCH)
         else:
-            batches = kiln_pictures(
-                where, cache=cache, epoch=epoch, batch=BATCH, side_px=SIDE_PX
-            )
+            batches = kiln_pictures(where, cache=cache, epoch=epoch, batch=BATCH, side_px=SIDE_PX)
         for batch in batches:
             samples += len(batch.ids_B)
         found.append((samples, time.perf_counter() - started_s))
@@ -252,9 +250,7 @@ def cases(runs: Runs) -> Iterator[Case]:
     """Ask all systems each question, in turn."""
     for question in QUESTIONS:
         for system in (KILN, *runs.peers):
-            case = partial(
-                Case, case=question.what, system=system, unit=_UNITS[question.kind]
-            )
+            case = partial(Case, case=question.what, system=system, unit=_UNITS[question.kind])
             if question.remote:
                 yield case(metric="cold cache", run=partial(runs.cold, question, system))
                 # Of the run just before.

@@ -45,9 +45,7 @@ def kiln_pictures(
         side_px: Pictures are resized and cropped to squares of this side.
     """
     dataset = place(where)
-    return _epoch(
-        PictureSource(dataset, load_manifest(dataset), side_px=side_px), epoch, batch
-    )
+    return _epoch(PictureSource(dataset, load_manifest(dataset), side_px=side_px), epoch, batch)
 
 
 def _epoch(

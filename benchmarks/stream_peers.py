@@ -119,6 +119,10 @@ def _parse(contents: Sequence[bytes], kind: str) -> tuple[Any, ...]:
     return tuple(np.load(BytesIO(content)) for content in contents)
 
 
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def _keys(names: Iterable[str]) -> list[str]:
     return sorted({name.partition(".")[0] for name in names})
 
@@ -146,7 +150,7 @@ class Files(Dataset[tuple[Any, ...]]):
     def __init__(self, job: Job) -> None:
         """List the files."""
         self._job, self._client, self._threads = job, None, None
-        names = _list_bucket(job.where) if job.remote else os.listdir(job.where)
+        names = _list_bucket(job.where) if job.remote else _names(Path(job.where))
         self._local = Path(job.cache if job.remote else job.where)
         self._keys = _keys(Path(name).name for name in names)
 
@@ -234,8 +238,8 @@ _MDS_COLUMNS = {
 
 def convert_mds(files: Path, out: Path, kind: str) -> None:
     """Write MDS with the types that it reads fastest: of known type, and shape where it is one."""
-    keys = _keys(os.listdir(files))
-    sizes = [(files / name).stat().st_size for name in os.listdir(files)]
+    keys = _keys(_names(files))
+    sizes = [(files / name).stat().st_size for name in _names(files)]
     limit = sum(sizes) // (len(keys) // SHARD_SAMPLES) + 1
     columns = _MDS_COLUMNS[kind]
     with _streaming().MDSWriter(out=str(out), columns=columns, size_limit=limit) as writer:
@@ -264,7 +268,7 @@ def convert_litdata(files: Path, out: Path, kind: str) -> None:
     import litdata
 
     writer = litdata.streaming.Cache(str(out), chunk_size=SHARD_SAMPLES)
-    for number, key in enumerate(_keys(os.listdir(files))):
+    for number, key in enumerate(_keys(_names(files))):
         sample = _read_sample(files, key, kind)
         writer[number] = [
             torch.from_numpy(member) if kind == "latents" else member for member in sample

@@ -36,9 +36,7 @@ async def _requests(
     server.close()
 
 
-async def _answers(
-    server: asyncio.StreamReader, client: asyncio.StreamWriter, link: _Link
-) -> None:
+async def _answers(server: asyncio.StreamReader, client: asyncio.StreamWriter, link: _Link) -> None:
     with suppress(ConnectionError):
         while chunk := await server.read(_CHUNK_BYTES):
             await link.carry(len(chunk))
