@@ -27,7 +27,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench $(if $(filter stream,$(NAME)),$(VENV)-peers/.made)
 	$(BIN)/python -m benchmarks.$(NAME)
 	$(BIN)/python -m benchmarks.render
 
@@ -67,4 +67,11 @@ weights: $(VENV)/.demo
 $(VENV)/.bench: $(VENV)/.dev
 	@echo "installing the peers of the benchmarks ..."
 	@$(PIP) --quiet -e '.[demo,dev,bench]'
+	@touch $@
+
+# Some of the peers need older versions than Kiln, so that they get an environment of their own.
+$(VENV)-peers/.made: $(BIN)/python benchmarks/peers.txt
+	@echo "installing the peers of the stream benchmark into $(VENV)-peers ..."
+	@$(BIN)/python -m venv $(VENV)-peers
+	@$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
 	@touch $@

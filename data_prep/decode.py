@@ -3,11 +3,9 @@
 import io
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.config import PrepareConfig
@@ -15,7 +13,16 @@ from data_prep.perceptual import phash_of_grey
 from data_prep.policy import policy_denied
 from data_prep.quarantine import Reason, marked
 from data_prep.resize import Resize
-from data_prep.structure import (
+from trainer.data.pixels import (
+    Bgr,
+    Undecodable,
+    decode_pixels,
+    is_reducible,
+    read_orientation,
+    upright,
+)
+from trainer.data.structure import (
+    MAX_JPEG_SCANS,
     essential_png,
     format_of,
     is_whole_webp,
@@ -23,33 +30,6 @@ from data_prep.structure import (
     looks_like,
     rare_format_of,
 )
-
-Bgr = NDArray[Any]
-"""(H, W, 3), uint8."""
-
-_MAX_SCANS = 100  # each costs a pass over all pixels; encoders write about ten
-_REDUCTIONS = (
-    (8, cv2.IMREAD_REDUCED_COLOR_8),
-    (4, cv2.IMREAD_REDUCED_COLOR_4),
-    (2, cv2.IMREAD_REDUCED_COLOR_2),
-    (1, cv2.IMREAD_COLOR),
-)
-_ORIENTATION = 0x0112
-_FLIPS = {2: 1, 4: 0}
-_TURNS = {
-    3: cv2.ROTATE_180,
-    6: cv2.ROTATE_90_CLOCKWISE,
-    7: cv2.ROTATE_180,
-    8: cv2.ROTATE_90_COUNTERCLOCKWISE,
-}
-# What OpenCV decodes several times faster than Pillow, and as correctly: (format, mode) -> flag.
-_OPENCV: dict[tuple[str, str], int] = {
-    **{("jpeg", mode): cv2.IMREAD_COLOR for mode in ("L", "RGB")},
-    **{("png", mode): cv2.IMREAD_COLOR for mode in ("1", "L", "P", "RGB", "I;16")},
-    **{("webp", mode): cv2.IMREAD_COLOR for mode in ("RGB", "RGBX")},
-    ("png", "RGBA"): cv2.IMREAD_UNCHANGED,
-    ("webp", "RGBA"): cv2.IMREAD_UNCHANGED,
-}
 
 
 class Unfit(Exception):
@@ -189,7 +169,7 @@ def read_header(body: bytes, formats: tuple[str, ...]) -> Header:
         raise Unfit(Reason.NOT_AN_IMAGE, f"a damaged {kind} ({type(error).__name__})") from error
     if num_frames > 1:
         raise Unfit(Reason.ANIMATED, f"{kind} of {num_frames} frames")
-    return Header(body=whole, format=kind, opened=opened, orientation=_orientation(opened))
+    return Header(body=whole, format=kind, opened=opened, orientation=read_orientation(opened))
 
 
 def _require_whole(kind: str, body: bytes) -> bytes:
@@ -199,7 +179,7 @@ def _require_whole(kind: str, body: bytes) -> bytes:
         scans = jpeg_scans(body)
         if not scans:
             raise cut
-        if scans > _MAX_SCANS:
+        if scans > MAX_JPEG_SCANS:
             raise Unfit(Reason.TOO_LARGE, f"jpeg of {scans} scans")
     if kind == "webp" and not is_whole_webp(body):
         raise cut
@@ -209,20 +189,6 @@ def _require_whole(kind: str, body: bytes) -> bytes:
             raise cut
         return essential
     return body
-
-
-def _orientation(opened: Image.Image) -> int:
-    """Read the EXIF orientation; 1 if there is none, or the EXIF block is broken."""
-    block = opened.info.get("exif")
-    if not block:
-        return 1
-    exif = Image.Exif()
-    try:
-        exif.load(block)
-        found = exif.get(_ORIENTATION, 1)
-    except Exception:  # broken metadata is no broken picture
-        return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def decode_bgr(header: Header, background_bgr: tuple[int, int, int], *, scale: float) -> Bgr:
@@ -239,64 +205,14 @@ def decode_bgr(header: Header, background_bgr: tuple[int, int, int], *, scale: f
     Raises:
         Unfit: It cannot be decoded, or not in full.
     """
-    flag = _OPENCV.get((header.format, header.opened.mode))
-    if header.format == "png" and "transparency" in header.opened.info:
-        flag = None  # OpenCV would drop it
     reduction = 1
-    if header.format == "jpeg" and flag is not None:
-        reduction, flag = next(
-            (times, flag) for times, flag in _REDUCTIONS if times == 1 or 2 * times * scale <= 1
-        )
-    found = _with_pillow(header.opened) if flag is None else _with_opencv(header.body, flag)
-    if found.dtype == np.uint16:
-        found = (found >> 8).astype(np.uint8)
-    width, height = (-(-side // reduction) for side in header.opened.size)
-    if found.shape[:2] != (height, width):
-        raise Unfit(Reason.UNDECODABLE, f"decoded to {found.shape[1]}x{found.shape[0]} px")
-    if found.shape[2] == 4:
-        found = _composited(found, background_bgr)
-    return _upright(found, header.orientation)
-
-
-def _with_opencv(body: bytes, flag: int) -> NDArray[Any]:
-    if flag != cv2.IMREAD_UNCHANGED:  # which ignores the orientation by itself
-        flag |= cv2.IMREAD_IGNORE_ORIENTATION
-    found: NDArray[Any] | None = cv2.imdecode(np.frombuffer(body, np.uint8), flag)
-    if found is None:
-        raise Unfit(Reason.UNDECODABLE, "OpenCV cannot decode it")
-    return found
-
-
-def _with_pillow(opened: Image.Image) -> NDArray[Any]:
-    """Decode what OpenCV does not know, or gets wrong: CMYK, palettes with transparency, GIF..."""
+    if is_reducible(header.format, header.opened):
+        reduction = next(times for times in (8, 4, 2, 1) if times == 1 or 2 * times * scale <= 1)
     try:
-        opened.load()
-    except OSError as error:
-        reason = Reason.TRUNCATED if "truncated" in str(error) else Reason.UNDECODABLE
-        raise Unfit(reason, f"{opened.format}: {error}") from error
-    if opened.mode.startswith("I;16"):
-        grey_HW = (np.asarray(opened) >> 8).astype(np.uint8)
-        return np.repeat(grey_HW[..., None], 3, axis=2)
-    if opened.mode in {"I", "F"}:
-        raise Unfit(Reason.UNDECODABLE, f"values of mode {opened.mode} have no known range")
-    if opened.has_transparency_data:
-        return np.asarray(opened.convert("RGBA"))[..., [2, 1, 0, 3]]
-    return np.ascontiguousarray(np.asarray(opened.convert("RGB"))[..., ::-1])
-
-
-def _composited(bgra_HWC: NDArray[np.uint8], background_bgr: tuple[int, int, int]) -> Bgr:
-    """Lay a picture on a colour, rounded to the nearest value."""
-    alpha_HW1 = bgra_HWC[..., 3:].astype(np.uint16)
-    behind = np.array(background_bgr, np.uint16) * (255 - alpha_HW1)
-    return ((bgra_HWC[..., :3] * alpha_HW1 + behind + 127) // 255).astype(np.uint8)
-
-
-def _upright(pixels: Bgr, orientation: int) -> Bgr:
-    """Turn and mirror a picture as its EXIF orientation asks."""
-    if orientation in {5, 7}:
-        pixels = cv2.transpose(pixels)
-    if orientation in _FLIPS:
-        pixels = cv2.flip(pixels, _FLIPS[orientation])
-    if orientation in _TURNS:
-        pixels = cv2.rotate(pixels, _TURNS[orientation])
-    return pixels
+        pixels = decode_pixels(
+            header.body, header.format, header.opened, background_bgr, reduction=reduction
+        )
+    except Undecodable as error:
+        reason = Reason.TRUNCATED if error.truncated else Reason.UNDECODABLE
+        raise Unfit(reason, str(error)) from error
+    return upright(pixels, header.orientation)

@@ -183,6 +183,8 @@ def index_tar(cfg: IndexConfig, number: str, tar: Path) -> Result:
                 sha256 = blob.sha256() if cfg.hash else scan.sha256
     except BadInput as error:
         return Result(None, str(error))
+    except (PermissionError, IsADirectoryError) as error:
+        return Result(None, f"{tar} cannot be read ({error.strerror}). {REPAIR}")
     shard = None
     if scan.index.num_rows:
         shard = ShardEntry(

@@ -106,6 +106,11 @@ def run(cfg: PrepareConfig) -> int:
 
 def _run(cfg: PrepareConfig, policy: Policy) -> int:
     shared = cfg.parts > 1
+    if (cfg.dataset / "indexed").exists():
+        raise BadInput(
+            f"dataset={cfg.dataset} was made by `kiln index`, of tars that lie elsewhere. Give "
+            "another folder."
+        )
     with locked(cfg.dataset, wait=shared):
         work = make_work(cfg, policy)
         if not shared:

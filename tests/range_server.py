@@ -1,4 +1,4 @@
-"""A loopback web server of files: gives ranges, counts what it sends, and fails when told to."""
+"""A loopback web server of files in ranges that counts what it sends and fails when told to."""
 
 import re
 import threading

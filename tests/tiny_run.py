@@ -112,6 +112,7 @@ def save_run(cfg, run, model):
         seed=cfg.seed,
         dataset_fingerprint=manifest.fingerprint,
         encoding_fingerprint=encodings[0].fingerprint if encodings else "",
+        stream={},
     )
     fragments = WholeTensors(weights)
     shapes = {name: list(value.shape) for name, value in weights.items()}

@@ -97,7 +97,7 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
         objective=objective,
         feed=open_feed(cfg, datasets, comm, trained.stream if trained else None),
         shapes=shapes,
-        fingerprints=(datasets[0].manifest.fingerprint, encoding),
+        fingerprints=(datasets[0].manifest.fingerprint if datasets else "", encoding),
     )
 
 

@@ -405,6 +405,12 @@ class TrainConfig:
                 f"model.pooled_tokens={pooled} is less than encoders.text.max_tokens="
                 f"{self.encoders.text.max_tokens}: longer captions would be cut. Make them equal."
             )
+        if self.data.reader == "webdataset" and not trains_autoencoder:
+            raise ValueError(
+                f"data.reader=webdataset gives pictures, and model.kind={self.model.kind} is "
+                "trained on latents. Index the tars (`kiln index`), encode the dataset (`kiln "
+                "encode`), and give it with data.reader=kiln."
+            )
         if self.engine.precision == "bf16" and self.cluster.device == "cpu":
             raise ValueError(
                 "engine.precision=bf16 with cluster.device=cpu: CPUs here gain nothing from it "

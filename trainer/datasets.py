@@ -27,7 +27,9 @@ def find_datasets(cfg: TrainConfig) -> list[Dataset]:
     Raises:
         BadInput: A dataset is not there, or has no latents of these encoders.
     """
-    found = []
+    found: list[Dataset] = []
+    if cfg.data.reader == "webdataset":
+        return found
     for folder in dataset_places(cfg.data):
         manifest = load_manifest(folder)
         pictures = cfg.model.kind == "autoencoder_kl"

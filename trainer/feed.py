@@ -1,7 +1,7 @@
 """From the config of a run to the stream of its samples."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,12 +10,15 @@ import torch
 from trainer.config import DataConfig, TrainConfig
 from trainer.data import stream
 from trainer.data.cache import Cache
+from trainer.data.foreign import foreign_batches
 from trainer.data.loader import Pace, micro_batches
+from trainer.data.manifest import check_files
 from trainer.data.opening import Dataset, open_readers
 from trainer.data.quarantine import Quarantine
 from trainer.data.sources import Batch, LatentSource, PictureSource, Samples, Source
 from trainer.data.stream import Law, State
-from trainer.datasets import begin, find_law, weights_of
+from trainer.data.tars import list_tars
+from trainer.datasets import begin, find_datasets, find_law, weights_of
 from trainer.runtime.comm import Comm
 
 
@@ -65,6 +68,65 @@ class KilnFeed:
         return micro_batches(self.source, state, self.pace)
 
 
+@dataclass(frozen=True)
+class ForeignFeed:
+    """A plain webdataset pipeline over tars without an index: resumed only roughly."""
+
+    cfg: TrainConfig
+    comm: Comm
+
+    def begin(self, saved: Mapping[str, Any] | None) -> State:
+        """Count on from a saved state."""
+        return State(saved["samples"] if saved else 0, (), ())
+
+    def advance(self, state: State) -> State:
+        """Count a global step."""
+        return replace(state, samples=state.samples + self.cfg.batch.global_batch_images)
+
+    def to_json(self, state: State) -> dict[str, Any]:
+        """Describe a state."""
+        return {"schema": stream.SCHEMA, "reader": "webdataset", "samples": state.samples}
+
+    def batches(self, state: State) -> Iterator[Batch]:
+        """Yield this rank's micro-batches."""
+        cfg = self.cfg
+        assert cfg.data.epoch_images is not None
+        return foreign_batches(
+            [cfg.data.dataset],
+            seed=cfg.seed,
+            images_seen=state.samples,
+            rank=self.comm.rank,
+            world=self.comm.world,
+            micro_batch_images=cfg.batch.micro_batch_images,
+            epoch_images=cfg.data.epoch_images,
+            side_px=cfg.encoders.image_side_px,
+            device=self.comm.device,
+            max_bad_frac=cfg.data.max_bad_frac,
+        )
+
+
+def check_feed(cfg: TrainConfig, saved: Mapping[str, Any] | None, *, files: bool = False) -> None:
+    """Refuse what the ranks would refuse, before they are started.
+
+    Args:
+        cfg: Of the run.
+        saved: State of the stream in the run's checkpoint, if there is one.
+        files: Also ask for every file of the datasets, and its size.
+
+    Raises:
+        BadInput: The datasets are not there or damaged, or the stream would not continue.
+    """
+    if cfg.data.reader == "webdataset":
+        list_tars(cfg.data.dataset)
+        return
+    datasets = find_datasets(cfg)
+    law = find_law(cfg, datasets, saved)
+    begin(law, weights_of(cfg.data), saved)
+    if files:
+        for reader in open_readers(datasets, law):
+            check_files(reader.folder, reader.entries)
+
+
 def open_cache(cfg: DataConfig) -> Cache | None:
     """Open the node's cache, if the config has one."""
     if cfg.cache is None:
@@ -74,8 +136,10 @@ def open_cache(cfg: DataConfig) -> Cache | None:
 
 def open_feed(
     cfg: TrainConfig, datasets: Sequence[Dataset], comm: Comm, saved: Mapping[str, Any] | None
-) -> KilnFeed:
+) -> Feed:
     """Open the stream on one rank."""
+    if cfg.data.reader == "webdataset":
+        return ForeignFeed(cfg, comm)
     law = find_law(cfg, datasets, saved)
     quarantine = Quarantine(
         Path(cfg.run) / "quarantine" / f"rank_{comm.rank:05d}.jsonl",

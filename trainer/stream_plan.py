@@ -1,4 +1,4 @@
-"""Print what a run's data will take: epochs, windows, cache, requests; nothing is read but manifests.
+"""Print what a run's data will take: epochs, windows, cache and requests; no tar is read.
 
 The keys are those of `kiln train`. A window is what is shuffled together; a node reads the shards
 of its canonical streams of one window while it fetches those of the next, so its cache needs room
@@ -11,25 +11,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from trainer.command import run_command
-from trainer.config import ClusterConfig, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data import mixture
-from trainer.data.fetch import PIECE_BYTES
 from trainer.data.manifest import ShardEntry
+from trainer.data.needs import Need, need, node_streams
 from trainer.data.opening import Dataset
-from trainer.data.order import Int64s, Order
+from trainer.data.order import Int64s
 from trainer.data.stream import Law, steps_in_epoch
 from trainer.datasets import dataset_places, find_datasets, find_law, weights_of
 from trainer.errors import BadInput
 from trainer.place import is_local, storage
 from trainer.plan import Plan, make_plan
-
-MAX_NODES, MAX_WINDOWS = 8, 256
-"""Of larger runs so many nodes and windows are looked at, and stand for all."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,67 +56,6 @@ def show(cfg: TrainConfig) -> int:
     for note in plan.notes():
         sys.stdout.write(f"note: {note}\n")
     return 0
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What one dataset takes."""
-
-    two_windows_bytes: int
-    """Of the shards that any node needs in a window and the one behind it, at most."""
-    window_shards: int
-    """Shards that any node needs in a window, at most."""
-    epoch_requests: float
-    """Over all nodes."""
-    epoch_bytes: float
-    """Over all nodes."""
-
-
-def need(
-    orders: Sequence[Order], entries: Sequence[ShardEntry], cluster: ClusterConfig, streams: int
-) -> Need:
-    """Follow nodes through the windows of an epoch with caches that keep two of them.
-
-    Args:
-        orders: Of the buckets of one dataset; they go through the shards alike.
-        entries: The shards.
-        cluster: Has the nodes.
-        streams: Canonical streams.
-    """
-    num_bytes = np.array([entry.bytes for entry in entries], np.int64)
-    pieces = -(-num_bytes // PIECE_BYTES)
-    num_windows = max(-(-order.num_rows // order.window_rows) for order in orders)
-    nodes = np.unique(np.linspace(0, cluster.num_nodes - 1, MAX_NODES).round().astype(np.int64))
-    looked_at = min(num_windows, MAX_WINDOWS)
-    most_bytes = most_shards = requests = fetched = 0
-    for node in nodes.tolist():
-        before = np.zeros(0, np.int64)
-        for window in range(looked_at):
-            now = _shards(orders, window, node_streams(node, cluster, streams))
-            new = np.setdiff1d(now, before)
-            most_bytes = max(most_bytes, int(num_bytes[np.union1d(before, now)].sum()))
-            most_shards = max(most_shards, len(now))
-            requests += int(pieces[new].sum())
-            fetched += int(num_bytes[new].sum())
-            before = now
-    scale = cluster.num_nodes / len(nodes) * num_windows / looked_at
-    return Need(most_bytes, most_shards, requests * scale, fetched * scale)
-
-
-def node_streams(node: int, cluster: ClusterConfig, streams: int) -> Int64s:
-    """List the canonical streams that the ranks of a node read."""
-    ranks = cluster.ranks_per_node
-    world = cluster.num_nodes * ranks
-    return np.arange(node * ranks * streams // world, -(-(node + 1) * ranks * streams // world))
-
-
-def _shards(orders: Sequence[Order], window: int, streams: Int64s) -> Int64s:
-    found = [
-        order.shards_in((0, window), streams)
-        for order in orders
-        if window * order.window_rows < order.num_rows
-    ]
-    return np.unique(np.concatenate(found))
 
 
 @dataclass(frozen=True)
@@ -158,9 +93,14 @@ class StreamPlan:
     def needs(self) -> list[Need]:
         """Of each dataset, with caches."""
         return [
-            need(list(orders.values()), entries, self.cfg.cluster, self.law.streams)
+            need(list(orders.values()), entries, self._nodes)
             for orders, entries in zip(self.law.orders, self.entries, strict=True)
         ]
+
+    @cached_property
+    def _nodes(self) -> list[Int64s]:
+        cluster = self.cfg.cluster
+        return node_streams(self.law.streams, cluster.num_nodes, cluster.ranks_per_node)
 
     @property
     def cache_bytes(self) -> int:
@@ -232,19 +172,18 @@ class StreamPlan:
                 )
 
     def _bucket_rows(self, number: int) -> Iterator[tuple[str, str]]:
-        sizes = self.law.sizes[number]
-        for bucket, size in sizes.items() if len(sizes) > 1 else []:
-            steps = size / self.plan.images_per_step / (self.shares[number] or 1)
+        sizes, weights = self.law.sizes[number], mixture.shares(weights_of(self.cfg.data))
+        for bucket, size in sizes.items() if len(self.law.buckets) > 1 else []:
+            shares = self.law.bucket_shares(bucket, weights)
+            steps = size * sum(shares) / max(shares[number], 1) / self.plan.images_per_step
             yield f"  bucket {bucket}", f"{size:,} samples, {steps:,.6g} steps an epoch"
 
     def _order_rows(self) -> Iterator[tuple[str, str]]:
-        law, cluster = self.law, self.cfg.cluster
+        law = self.law
         if law.mode == "ranges":
             yield "order", "ranges: all samples are permuted, each node needs every shard"
             return
-        per_node = max(
-            len(node_streams(node, cluster, law.streams)) for node in range(cluster.num_nodes)
-        )
+        per_node = max(map(len, self._nodes))
         yield (
             "canonical streams",
             f"{law.streams}: {law.streams / self.plan.num_ranks:.3g} per rank, up to {per_node} "

@@ -10,17 +10,16 @@ from pathlib import Path
 
 from trainer.command import run_command
 from trainer.config import TrainConfig
-from trainer.data.manifest import check_files
-from trainer.data.opening import open_readers
 from trainer.data.publish import publish_json
-from trainer.datasets import begin, dataset_places, find_datasets, find_law, weights_of
+from trainer.datasets import dataset_places
 from trainer.errors import BadInput
+from trainer.feed import check_feed
 from trainer.place import storage
 from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.local import run_ranks
-from trainer.runtime.rundir import attempt_dir, freeze_config, locked, new_attempt
+from trainer.runtime.rundir import attempt_dir, config_changes, freeze_config, locked, new_attempt
 from trainer.runtime.signals import EXIT_REQUEUE
 
 log = logging.getLogger(__name__)
@@ -39,18 +38,17 @@ def run(cfg: TrainConfig) -> int:
     with ExitStack() as stack:
         for where in dataset_places(cfg.data):
             stack.enter_context(storage(where))
-        datasets = find_datasets(cfg)
-        law = find_law(cfg, datasets, None)
+        check_feed(cfg, None)
         with locked(folder):
-            for line in freeze_config(folder, cfg):
-                log.warning("changed since the run began: %s", line)
+            changes = config_changes(folder, cfg)
             newest = newest_valid(folder / "checkpoints")
-            if newest is None:
-                for reader in open_readers(datasets, law):
-                    check_files(reader.folder, reader.entries)
+            state = read_state(newest) if newest else None
+            check_feed(cfg, state.stream if state else None, files=state is None)
+            for line in changes:
+                log.warning("changed since the run began: %s", line)
+            freeze_config(folder, cfg)
+            if state is None:
                 return _start(folder, cfg, plan)
-            state = read_state(newest)
-            begin(find_law(cfg, datasets, state.stream), weights_of(cfg.data), state.stream)
             if state.images_seen >= cfg.total_images:
                 log.info("%s: nothing to do, all %d steps are done", folder, state.step)
                 return 0

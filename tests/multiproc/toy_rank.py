@@ -67,7 +67,7 @@ def main() -> None:
         ema.update(images_per_step=GLOBAL, images_seen=step * GLOBAL)
         losses.append(comm.sum([loss_sum])[0] / GLOBAL)
         if step in {args["save_at"], args["steps"]}:
-            state = TrainState(step, step * GLOBAL, 1, "d", "e")
+            state = TrainState(step, step * GLOBAL, 1, "d", "e", {})
             save(root, state, engine.fragments, ema, comm, shapes=shapes, keep_last=args["keep"])
     if env.rank == 0:
         (Path(args["run"]) / "losses.json").write_text(json.dumps(losses))

@@ -114,9 +114,6 @@ class Cache:
             with self._claimed(partial, final, num_bytes) as handle:
                 if handle is None:
                     continue
-                if final.exists():
-                    partial.unlink()
-                    continue
                 try:
                     self._fill(handle, partial, path, num_bytes, sha256)
                 except (BadData, OSError):
@@ -124,7 +121,8 @@ class Cache:
                     raise
                 with suppress(FileNotFoundError):  # somebody emptied the folder by hand
                     content = cast(BinaryIO, partial.open("rb", buffering=0))
-                    partial.replace(final)
+                    with self._giving_room():  # or a scan that is under way may see neither name
+                        partial.replace(final)
                     sync_folder(self._folder)
                     self._count(misses=1)
                     return content
@@ -172,9 +170,8 @@ class Cache:
         self, handle: int, partial: Path, path: Path, num_bytes: int, sha256: str | None
     ) -> None:
         """Bring a partial file, which this thread holds, to a whole one on disk."""
-        start = os.fstat(handle).st_size
-        if sha256 is None or start > num_bytes:
-            start = 0  # nothing would tell the remains of another content
+        # Without a hash, nothing would tell the remains of another content.
+        start = 0 if sha256 is None else os.fstat(handle).st_size
         for last_try in (False, True):
             os.ftruncate(handle, start)
             os.lseek(handle, start, os.SEEK_SET)
@@ -211,7 +208,7 @@ class Cache:
 
     @contextmanager
     def _giving_room(self) -> Iterator[None]:
-        """Be the only one that makes and removes files."""
+        """Be the only one that makes, renames and evicts files."""
         self._folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -227,7 +224,7 @@ class Cache:
             for file in found:
                 ours = _OURS.fullmatch(file.name)
                 if ours:
-                    with suppress(FileNotFoundError):  # a download that became whole
+                    with suppress(FileNotFoundError):  # a download that failed
                         used_ns = file.stat().st_mtime_ns
                         entries.append(_Entry(used_ns, int(ours[1]), Path(file.path)))
         return entries

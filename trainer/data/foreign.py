@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.data.decode import decode_square
 from trainer.data.headers import split_name
 from trainer.data.index import PICTURES
 from trainer.data.shards import key_ids
-from trainer.data.sources import PictureBatch, decode_square
+from trainer.data.sources import PictureBatch
 from trainer.data.tars import list_tars
 from trainer.errors import BadData, BadInput
 from trainer.place import storage_errors

@@ -63,7 +63,7 @@ def file_sha256(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk: only then is a rename durable."""
+    """Bring a folder's names to disk: only then is a rename durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

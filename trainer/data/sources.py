@@ -81,7 +81,7 @@ class Samples:
         """
         self.law, self.readers, self._quarantine = law, tuple(readers), quarantine
         # Remote and not cached, all the time goes into waiting for answers.
-        waits = any(r.cache is None and not is_local(r.folder) for r in readers)
+        waits = any(r.cache is None and not is_local(r.entries[0].tar(r.folder)) for r in readers)
         self._threads = ThreadPoolExecutor(NUM_REQUESTS) if waits else None
 
     def read(self, slots: Slots, read: Callable[[int, Place], None]) -> list[Place]:

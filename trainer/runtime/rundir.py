@@ -51,11 +51,8 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def freeze_config(run: Path, cfg: TrainConfig) -> list[str]:
-    """Write RUN/config.yaml, or compare with the one that is there.
-
-    Returns:
-        What changed since the run began, among the things that may.
+def config_changes(run: Path, cfg: TrainConfig) -> list[str]:
+    """List what changed since the run began, among the things that may; empty for a new run.
 
     Raises:
         BadInput: Something changed that would make it another run.
@@ -71,8 +68,13 @@ def freeze_config(run: Path, cfg: TrainConfig) -> list[str]:
                 f"{run} was begun with another configuration:\n  " + "\n  ".join(refused) + "\n"
                 "Give it the values it was begun with, or choose another run=."
             )
-    write_yaml(cfg, path)
     return changed
+
+
+def freeze_config(run: Path, cfg: TrainConfig) -> None:
+    """Write RUN/config.yaml; refuses what `config_changes` refuses."""
+    config_changes(run, cfg)
+    write_yaml(cfg, run / "config.yaml")
 
 
 def new_attempt(run: Path) -> int:

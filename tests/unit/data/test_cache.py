@@ -1,9 +1,10 @@
 """The node's cache gives exactly the bytes of a shard, within its bound, whatever fails."""
 
+import fcntl
 import hashlib
 import os
 import random
-import re
+import signal
 import subprocess
 import sys
 import threading
@@ -58,6 +59,14 @@ def shards(folder):
 
 def total_bytes(folder):
     return sum(path.stat().st_size for path in shards(folder))
+
+
+def claimed_bytes(folder):
+    """What shards and downloads take when they are whole, at one moment."""
+    with (folder / "lock").open("rb+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        names = {path.name.removesuffix(".partial") for path in shards(folder)}
+    return sum(int(name.partition("-")[2]) for name in names)
 
 
 def leave_partial(cache, folder, path, data, first_bytes):
@@ -185,14 +194,13 @@ def test_the_bound_holds_while_threads_and_processes_fetch(tmp_path):
     ]
     most_bytes, evicted = 0, []
     while any(process.poll() is None for process in processes):
-        if folder.exists():
-            names = [path.name for path in shards(folder)]
-            claimed = sum(int(re.search(r"-(\d+)", name)[1]) for name in names)
-            most_bytes = max(most_bytes, claimed)
+        if (folder / "lock").exists():
+            most_bytes = max(most_bytes, claimed_bytes(folder))
+        time.sleep(0.002)
     for process in processes:
         evicted.append(int(process.communicate()[0]))
         assert process.returncode == 0
-    assert most_bytes >= 600_000
+    assert 600_000 <= most_bytes <= 1_000_000
     assert total_bytes(folder) <= 1_000_000
     assert min(evicted) > 0
 
@@ -307,7 +315,7 @@ def test_a_server_that_hangs_is_asked_again(server, tmp_path):
     data = server.files["a.tar"] = content(0)
     server.faults += ["hang"]
     hasty = UPath(f"{server.url}/a.tar", client_kwargs={"timeout": ClientTimeout(sock_read=0.3)})
-    cache = Cache(tmp_path / "c", max_bytes=GB)
+    cache = Cache(tmp_path / "c", max_bytes=GB, patience_s=0.1)  # once at least
     assert read(cache, hasty, data) == data
     assert cache.stats.retries == 1
 
@@ -333,6 +341,30 @@ def test_a_storage_that_never_answers_ends_in_bounded_time_and_the_download_is_k
         read(Cache(folder, max_bytes=GB, patience_s=0.2), path, data)
     assert time.monotonic() - started_s < 20
     assert [file.stat().st_size for file in shards(folder)] == [PIECE_BYTES]
+
+
+def test_processes_forked_in_mid_download_hold_no_lock_on_it(server, tmp_path):
+    data = server.files["a.tar"] = content(0)
+    path = place(f"{server.url}/a.tar")
+    cache = Cache(tmp_path / "c", max_bytes=GB, patience_s=0.5)
+    server.faults += [500] * 100
+    with ThreadPoolExecutor(1) as threads:
+        failing = threads.submit(read, cache, path, data)
+        while len(server.faults) > 98:
+            time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        try:
+            with pytest.raises(BadWorld):
+                failing.result()
+            server.faults.clear()
+            assert read(cache, path, data) == data
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it still lives
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +443,7 @@ def test_ranges_sit_out_broken_bodies(server):
 
 
 @needs_s3
+@pytest.mark.e2e
 def test_shards_of_an_s3_server_through_its_restart(tmp_path, monkeypatch):
     s3fs = pytest.importorskip("s3fs")
     server = S3Server(tmp_path / "s3")

@@ -10,10 +10,10 @@ import webdataset as wds
 
 from tests.foreign_tars import img2dataset_tar, picture, write_tar
 from tests.tiny_dataset import scenes_dataset
+from trainer.data.decode import decode_square
 from trainer.data.foreign import foreign_batches
 from trainer.data.manifest import load_manifest
 from trainer.data.shards import Shard, key_ids, read_index
-from trainer.data.sources import decode_square
 from trainer.errors import BadInput
 
 ROWS, SIDE_PX = 8, 16

@@ -7,15 +7,19 @@ import pyarrow as pa
 import pytest
 
 from data_prep import index as command
-from data_prep.config import IndexConfig, VerifyConfig
+from data_prep.config import EncodeConfig, IndexConfig, VerifyConfig
+from data_prep.encode import run as encode
 from data_prep.index import main, run
+from data_prep.prepare import run as prepare
 from data_prep.quarantine import read_quarantine
 from data_prep.verify import run as verify
+from tests import tiny_encoders
 from tests.foreign_tars import img2dataset_tar, picture, write_tar
 from tests.s3_server import BUCKET, S3Server, needs_s3
-from trainer.data.manifest import check_files, load_manifest
+from tests.tiny_source import prepare_cfg
+from trainer.data.manifest import check_files, list_encodings, load_manifest
 from trainer.data.shards import Shard, key_ids, read_index
-from trainer.data.sources import PictureSource
+from trainer.data.sources import LatentSource, PictureSource
 from trainer.data.tombstones import TOMBSTONE_SCHEMA, add_tombstones, save_state, weigh
 from trainer.errors import BadInput
 from trainer.frozen import compose
@@ -199,6 +203,12 @@ def test_broken_tars_stop_the_manifest_and_nothing_else(tars, dataset, capsys):
     assert len(load_manifest(dataset).shards) == 5
 
 
+def test_folders_among_the_tars_are_broken_tars(tars, dataset, capsys):
+    (tars / "folder.tar").mkdir()
+    assert index(f"{tars}/*.tar", dataset) == 1
+    assert "folder.tar cannot be read (Is a directory)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_only_broken_tars_are_an_error(tars, dataset):
     with pytest.raises(BadInput, match=r"none can be indexed.*00009.tar is not there"):
         index(f"{tars}/{{00009,00010}}.tar", dataset)
@@ -261,10 +271,37 @@ def test_samples_are_removed_by_the_ids_of_their_keys(tars, dataset):
     assert load_manifest(dataset).rows_live == ROWS + 1
 
 
-def test_a_prepared_dataset_is_not_overwritten(tars, dataset):
-    (dataset / "plan").mkdir(parents=True)
+def test_prepare_and_index_leave_each_others_datasets_alone(tars, dataset, tmp_path, source):
+    (tmp_path / "prepared" / "plan").mkdir(parents=True)
     with pytest.raises(BadInput, match="made by `kiln prepare`"):
-        index(tars, dataset)
+        index(tars, tmp_path / "prepared")
+    index(tars, dataset)
+    before = tree(dataset)
+    with pytest.raises(BadInput, match="made by `kiln index`"):
+        prepare(prepare_cfg(source, dataset))
+    assert tree(dataset) == before
+
+
+def test_an_encoding_has_the_keys_of_the_tars_and_captions_of_txt_or_json(tars, dataset, tmp_path):
+    index(tars, dataset)
+    words = [
+        f"dataset={dataset}",
+        "text=t5_base",
+        f"encoders.autoencoder.path={tiny_encoders.save_kl(tmp_path / 'kl')}",
+        f"encoders.text.path={tiny_encoders.save_t5(tmp_path / 't5')}",
+        "encoders.image_side_px=16",
+        "threads=1",
+        "probe_s=0",
+        "wandb=off",
+    ]
+    assert encode(compose(EncodeConfig, "encode", words)) == 0
+    assert check(dataset) == 0
+    (encoding,) = list_encodings(dataset)
+    source = LatentSource(dataset, encoding)
+    numbers = np.arange(source.num_samples)
+    batch = source.load(numbers, np.zeros_like(numbers))
+    source.close()
+    assert batch.ids_B.tolist() == key_ids(list(samples_of(dataset))).tolist()
 
 
 def test_braces_need_no_quotes_beyond_the_shells(tars, dataset):

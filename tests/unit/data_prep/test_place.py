@@ -24,6 +24,7 @@ from trainer.frozen import freeze, thaw
 from trainer.observe.ledger import accounted, read_account
 from trainer.place import (
     explain,
+    file_version,
     is_local,
     local_folder,
     open_sparsely,
@@ -121,6 +122,16 @@ def test_what_is_published_remotely_is_there_whole_or_not_at_all(memory, tmp_pat
     remove(path)
     assert sizes_bytes([path]) == [None]
     assert not [file for file in (tmp_path / "tmp").rglob("*") if file.is_file()]
+
+
+def test_a_file_that_is_written_again_has_another_version(memory, tmp_path):
+    for path in (memory / "x.bin", tmp_path / "x.bin"):
+        assert file_version(path) is None
+        publish_bytes(path, b"first")
+        before = file_version(path)
+        assert file_version(path) == before
+        publish_bytes(path, b"second")
+        assert file_version(path) != before
 
 
 @pytest.mark.parametrize("whole", [False, True])

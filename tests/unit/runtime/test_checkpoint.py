@@ -13,7 +13,7 @@ from trainer.runtime.checkpoint import (
     save,
 )
 
-STATE = TrainState(7, 56, 1, "dataset", "encoding")
+STATE = TrainState(7, 56, 1, "dataset", "encoding", {"samples": 56})
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5)}
 
 
@@ -40,7 +40,7 @@ def test_what_was_saved_is_read_back(tmp_path):
 
 def test_only_the_last_ones_stay(tmp_path):
     for step in range(1, 6):
-        saved(tmp_path, state=TrainState(step, step * 8, 1, "d", "e"))
+        saved(tmp_path, state=TrainState(step, step * 8, 1, "d", "e", {}))
     names = [folder.name for folder in complete(tmp_path / "checkpoints")]
     assert names == ["step_00000004", "step_00000005"]
 
@@ -65,7 +65,7 @@ def test_a_full_disk_publishes_nothing_and_the_older_one_stands(tiny_disk):
     saved(tiny_disk)
     big = {"a": torch.zeros(1_000_000)}
     with pytest.raises(BadWorld, match=r"could not save .*same command again"):
-        saved(tiny_disk, big, TrainState(8, 64, 1, "d", "e"))
+        saved(tiny_disk, big, TrainState(8, 64, 1, "d", "e", {}))
     assert newest_valid(tiny_disk / "checkpoints") == complete(tiny_disk / "checkpoints")[-1]
     assert read_ema(tiny_disk)[1] == STATE
     assert not list((tiny_disk / "checkpoints").glob(".*"))

@@ -42,7 +42,7 @@ def config(encoded, **changes):
 
 def test_latents_of_these_encoders_are_found(encoded):
     cfg = config(encoded)
-    found = matching_encoding(cfg, load_manifest(encoded[0]))
+    found = matching_encoding(cfg, encoded[0], load_manifest(encoded[0]))
     assert found.fingerprint == identify(cfg.encoders).fingerprint
 
 
@@ -50,14 +50,14 @@ def test_latents_of_other_encoders_are_refused_with_what_is_there(encoded):
     cfg = config(encoded)
     other = replace(cfg, encoders=replace(cfg.encoders, image_side_px=48))
     with pytest.raises(BadInput, match=r"whose fingerprint is .*; there: .*kiln encode"):
-        matching_encoding(other, load_manifest(encoded[0]))
+        matching_encoding(other, encoded[0], load_manifest(encoded[0]))
 
 
 def test_latents_of_an_older_state_of_the_dataset_are_refused(encoded):
     manifest = load_manifest(encoded[0])
     smaller = replace(manifest, shards=manifest.shards[:1])
     with pytest.raises(BadInput, match="of an older state of the dataset"):
-        matching_encoding(config(encoded), smaller)
+        matching_encoding(config(encoded), encoded[0], smaller)
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,4 @@ def test_latents_of_an_older_state_of_the_dataset_are_refused(encoded):
 def test_a_network_that_does_not_fit_is_refused_with_the_number_that_does(encoded, key, need):
     cfg = config(encoded, **{f"model__{key}": need * 2})
     with pytest.raises(BadInput, match=f"Give model.{key}={need}"):
-        matching_encoding(cfg, load_manifest(encoded[0]))
+        matching_encoding(cfg, encoded[0], load_manifest(encoded[0]))

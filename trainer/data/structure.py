@@ -4,6 +4,9 @@ import contextlib
 
 from PIL import Image
 
+MAX_JPEG_SCANS = 100
+"""Each costs a pass over all pixels; encoders write about ten."""
+
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _BARE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # JPEG markers without a length
