@@ -81,7 +81,7 @@ def test_the_encoding_is_the_only_one_or_must_be_named(tmp_path):
     (dataset / "encodings/other").mkdir()
     text = (dataset / "encodings/tiny/encoding.json").read_text()
     (dataset / "encodings/other/encoding.json").write_text(text.replace('"tiny"', '"other"'))
-    with pytest.raises(BadInput, match="encoding=null leaves a choice. Give one of: other, tiny"):
+    with pytest.raises(BadInput, match=r"encoding=null leaves a choice. Give one of: other, tiny"):
         chosen(None)
     for path in dataset.glob("encodings/*/encoding.json"):
         path.unlink()
