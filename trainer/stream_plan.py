@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 from rich.console import Console
 from rich.table import Table
@@ -121,15 +122,15 @@ class StreamPlan:
             yield (
                 f"dataset {number}" if len(self.datasets) > 1 else "dataset",
                 f"{dataset.folder}: {size:,} samples in {len(self.entries[number]):,} shards, "
-                f"{_gb(sum(entry.bytes for entry in self.entries[number]))} of "
+                f"{_size(sum(entry.bytes for entry in self.entries[number]))} of "
                 f"{'latents' if dataset.encoding else 'pictures'}",
             )
             if len(self.datasets) == 1:
-                steps = f"{steps_in_epoch(law, images):,.6g} steps"
+                steps = f"{steps_in_epoch(law, images):,.1f} steps"
             else:
-                steps = f"{size / share / images:,.6g} steps" if share else "never ends"
+                steps = f"{size / share / images:,.1f} steps" if share else "never ends"
                 steps += f"; {100 * share:.3g} % of the samples"
-            yield "  epoch", f"{steps}; {self.epochs[number]:,.3g} epochs in the run"
+            yield "  epoch", f"{steps}; {self.epochs[number]:,.2f} epochs in the run"
             yield from self._bucket_rows(number)
         yield "run", f"{self.plan.total_steps:,} steps of {images:,} samples"
         yield from self._order_rows()
@@ -152,7 +153,7 @@ class StreamPlan:
             )
         if data.cache and self.cache_bytes > data.cache_gb * 1e9:
             yield (
-                f"data.cache_gb={data.cache_gb:g} is less than the {_gb(self.cache_bytes)} of two "
+                f"data.cache_gb={data.cache_gb:g} is less than the {_size(self.cache_bytes)} of two "
                 "windows: shards will be fetched more than once an epoch. Give data.cache_gb="
                 f"{-(-self.cache_bytes // 10**9)} or more, or a smaller data.window_shards."
             )
@@ -176,7 +177,7 @@ class StreamPlan:
         for bucket, size in sizes.items() if len(self.law.buckets) > 1 else []:
             shares = self.law.bucket_shares(bucket, weights)
             steps = size * sum(shares) / max(shares[number], 1) / self.plan.images_per_step
-            yield f"  bucket {bucket}", f"{size:,} samples, {steps:,.6g} steps an epoch"
+            yield f"  bucket {bucket}", f"{size:,} samples, {steps:,.1f} steps an epoch"
 
     def _order_rows(self) -> Iterator[tuple[str, str]]:
         law = self.law
@@ -204,7 +205,7 @@ class StreamPlan:
         if data.cache:
             yield (
                 "cache of a node",
-                f"{_gb(self.cache_bytes)} for two windows; data.cache_gb={data.cache_gb:g}",
+                f"{_size(self.cache_bytes)} for two windows; data.cache_gb={data.cache_gb:g}",
             )
         for number, dataset in enumerate(self.datasets):
             entries, epochs = self.entries[number], self.epochs[number]
@@ -217,13 +218,17 @@ class StreamPlan:
                 requests = self.sizes[number] * (2 if dataset.encoding else 1)
                 num_bytes, how = total_bytes * live, "read where they lie"
             times = epochs
+            if data.cache:
+                # The window behind the last is fetched as well.
+                windows = self.needs[number].num_windows
+                times = (ceil(epochs * windows) + 1) / windows
             if data.cache and total_bytes <= data.cache_gb * 1e9 and num_bytes:
                 # What a node has had it keeps.
-                times = min(epochs, nodes * total_bytes / num_bytes)
+                times = min(times, nodes * total_bytes / num_bytes)
             name = f" of {number}" if len(self.datasets) > 1 else ""
             what = "reads" if is_local(dataset.folder) and not data.cache else "requests"
-            yield f"epoch{name}", f"{requests:,.0f} {what}, {_gb(num_bytes)} {how}"
-            yield f"whole run{name}", f"{requests * times:,.0f} {what}, {_gb(num_bytes * times)}"
+            yield f"epoch{name}", f"{requests:,.0f} {what}, {_size(num_bytes)} {how}"
+            yield f"whole run{name}", f"{requests * times:,.0f} {what}, {_size(num_bytes * times)}"
         yield "", "and one request for the index of each shard, on each rank that reads of it"
 
     def _check_cache(self) -> None:
@@ -232,10 +237,13 @@ class StreamPlan:
         if data.cache and largest > data.cache_gb * 1e9:
             raise BadInput(
                 f"data.cache_gb={data.cache_gb:g} has no room for the largest shard, of "
-                f"{_gb(largest)}. Give data.cache_gb={-(-self.cache_bytes // 10**9)}, which holds "
+                f"{_size(largest)}. Give data.cache_gb={-(-self.cache_bytes // 10**9)}, which holds "
                 "two windows of a node."
             )
 
 
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.3g} GB"
+def _size(num_bytes: float) -> str:
+    for unit, factor in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:,.3g} {unit}"
+    return f"{num_bytes / 1e6:,.3g} MB"

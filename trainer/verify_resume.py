@@ -139,11 +139,12 @@ def compare(whole: Sequence[Step], killed: Sequence[Step]) -> str | None:
         for part in whole[step.first : step.first + step.size]:
             expected.update(part.seen)
         if step.seen != expected:
-            until = f" to {step.first + step.size - 1}" if step.size > 1 else ""
+            last = step.first + step.size - 1
+            steps = f"steps {step.first} to {last}" if step.size > 1 else f"step {last}"
             missing, extra = expected - step.seen, step.seen - expected
             return (
-                f"different at step {step.first}{until}: {missing.total()} samples are missing"
-                f"{_some(missing)}, {extra.total()} are too many{_some(extra)}"
+                f"different at {steps}: {missing.total()} samples are missing{_some(missing)}, "
+                f"{extra.total()} are too many{_some(extra)}"
             )
     return None
 

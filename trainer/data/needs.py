@@ -21,6 +21,8 @@ class Need:
     """Of the shards that any node needs in a window and the one behind it, at most."""
     window_shards: int
     """Shards that any node needs in a window, at most."""
+    num_windows: int
+    """Of an epoch."""
     epoch_requests: float
     """Over all nodes."""
     epoch_bytes: float
@@ -62,7 +64,7 @@ def need(orders: Sequence[Order], entries: Sequence[ShardEntry], nodes: Sequence
             fetched += int(num_bytes[new].sum())
             before = now
     scale = len(nodes) / len(some_nodes) * num_windows / some_windows
-    return Need(most_bytes, most_shards, requests * scale, fetched * scale)
+    return Need(most_bytes, most_shards, num_windows, requests * scale, fetched * scale)
 
 
 def _shards(orders: Sequence[Order], window: int, streams: Int64s) -> Int64s:

@@ -38,7 +38,7 @@ def test_the_first_step_that_differs_is_named_with_its_samples():
         "1 are too many (0000000000000009@0)"
     )
     assert compare(WHOLE, [step(2, WHOLE[2].seen, size=2)]).startswith(
-        "different at step 2 to 3: 4 samples are missing"
+        "different at steps 2 to 3: 4 samples are missing"
     )
     # An epoch too early is another sample; a sample twice is too many; ids have no sign.
     early = [step(2, [(id_, 0) for id_, _ in WHOLE[2].seen])]
