@@ -88,6 +88,8 @@ class StreamPlan:
     def epochs(self) -> list[float]:
         """Of each dataset: epochs in the run."""
         images = self.plan.total_steps * self.plan.images_per_step
+        if len(self.datasets) == 1:
+            return [self.plan.total_steps / steps_in_epoch(self.law, self.plan.images_per_step)]
         return [images * share / size for share, size in zip(self.shares, self.sizes, strict=True)]
 
     @cached_property
@@ -153,8 +155,8 @@ class StreamPlan:
             )
         if data.cache and self.cache_bytes > data.cache_gb * 1e9:
             yield (
-                f"data.cache_gb={data.cache_gb:g} is less than the {_size(self.cache_bytes)} of two "
-                "windows: shards will be fetched more than once an epoch. Give data.cache_gb="
+                f"data.cache_gb={data.cache_gb:g} is less than the {_size(self.cache_bytes)} of "
+                "two windows: shards will be fetched more than once an epoch. Give data.cache_gb="
                 f"{-(-self.cache_bytes // 10**9)} or more, or a smaller data.window_shards."
             )
         if not data.cache and not all(is_local(dataset.folder) for dataset in self.datasets):
@@ -237,8 +239,8 @@ class StreamPlan:
         if data.cache and largest > data.cache_gb * 1e9:
             raise BadInput(
                 f"data.cache_gb={data.cache_gb:g} has no room for the largest shard, of "
-                f"{_size(largest)}. Give data.cache_gb={-(-self.cache_bytes // 10**9)}, which holds "
-                "two windows of a node."
+                f"{_size(largest)}. Give data.cache_gb={-(-self.cache_bytes // 10**9)}, which "
+                "holds two windows of a node."
             )
 
 

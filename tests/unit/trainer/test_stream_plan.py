@@ -49,6 +49,8 @@ def test_epochs_windows_and_reads_of_one_dataset(even):
     assert rows["whole run"].startswith("160 reads, ")
     steps = [how for what, how in plan_of(even, total_images=80).rows() if what == "  epoch"]
     assert steps == ["5.0 steps; 2.00 epochs in the run"]
+    dropped = plan_of(even, total_images=96, data__ending="drop", batch__global_batch_images=12)
+    assert dropped.epochs == [pytest.approx(8 / 3)]  # of 40 samples, 36 in an epoch
 
 
 def test_weights_of_a_mix_share_the_epochs(even, bucketed):
@@ -56,7 +58,7 @@ def test_weights_of_a_mix_share_the_epochs(even, bucketed):
     assert plan.shares == pytest.approx([0.75, 0.25], abs=1e-5)
     assert plan.epochs == pytest.approx([3.0, 2.0], rel=1e-4)
     idle = plan_of(even, bucketed, data__weight=0.0)
-    assert [how for what, how in idle.rows() if what == "  epoch"][0].startswith("never ends")
+    assert next(how for what, how in idle.rows() if what == "  epoch").startswith("never ends")
     assert idle.cache_bytes == idle.needs[1].two_windows_bytes
 
 
@@ -90,7 +92,7 @@ def test_a_cache_is_measured_against_two_windows(even):
     rows = table(plan)
     assert rows["epoch"].startswith("4 requests, ")
     assert rows["whole run"].startswith("4 requests, ")  # the second epoch finds all in the cache
-    small = plan_of(even, **options, data__cache_gb=max(shards) / 1e9, total_images=400)
+    small = plan_of(even, **options, data__cache_gb=(max(shards) + 1) / 1e9, total_images=400)
     (note,) = small.notes()
     assert "of two windows: shards will be fetched more than once" in note
     assert table(small)["whole run"].startswith("41 requests, ")  # and one window ahead
@@ -122,7 +124,7 @@ def test_the_command_prints_the_plan_of_pictures(even, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "40 samples in 4 shards" in out
     assert "of pictures" in out
-    assert main(["stream-plan", *words, "data.ending=drop"]) == 2
+    assert main(["stream-plan", *words, "data.ending=drop", "batch.global_batch_images=64"]) == 2
     assert "would drop every sample" in capsys.readouterr().err
 
 
