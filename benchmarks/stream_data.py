@@ -69,7 +69,13 @@ def publish_latents(dataset: Path, files: Path, num: int) -> None:
     folder = encoding_folder(dataset, ENCODING)
     encoded = _publish(folder, "{:05d}.tar", latents(num), files, num)
     save_encoding(
-        dataset, Encoding(fingerprint=ENCODING, dataset_fingerprint="0" * 64, shards=encoded)
+        dataset,
+        Encoding(
+            fingerprint=ENCODING,
+            dataset_fingerprint="0" * 64,
+            shards=encoded,
+            bucket_counts={"256x256": [entry.count for entry in encoded]},
+        ),
     )
 
 
