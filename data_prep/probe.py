@@ -15,6 +15,7 @@ from data_prep.encode_batches import Encoders, encode_ids, encode_pictures, to_n
 from data_prep.encode_loader import CHUNK_IMAGES, load_samples
 from trainer.data.manifest import Manifest, ShardEntry
 from trainer.data.shards import BLOCK_BYTES, Shard, read_index
+from trainer.data.sources import read_caption
 from trainer.models.parallel import one_core_workers
 
 NUM_CAPTIONS = 512  # whose lengths are counted
@@ -142,7 +143,7 @@ def _lines(
 
 def _captions(dataset: Path, entry: ShardEntry) -> list[str]:
     with Shard(entry.tar(dataset), read_index(entry.index(dataset))) as shard:
-        return [shard.read(row, "txt").decode() for row in range(len(shard.keys))[:NUM_CAPTIONS]]
+        return [read_caption(shard, row) for row in range(len(shard.keys))[:NUM_CAPTIONS]]
 
 
 def _per_s(run: Callable[[], int], threads: int, seconds: float) -> float:
