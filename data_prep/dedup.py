@@ -28,10 +28,11 @@ from trainer.data.publish import publish_bytes
 from trainer.data.shards import Shard, read_index
 from trainer.data.tombstones import (
     add_tombstones,
+    find_sorted,
     is_weighed,
     key_numbers,
     read_cluster_weights,
-    read_row_weights,
+    read_tombstones,
     save_cluster_weights,
     save_state,
     weigh,
@@ -169,13 +170,18 @@ def _load(connection: duckdb.DuckDBPyConnection, datasets: Sequence[Dataset]) ->
 
 
 def _live_images(datasets: Sequence[Dataset], on_rows: Callable[[int], None]) -> Iterator[pa.Table]:
-    """Yield the live samples of each shard; ids count them."""
+    """Yield the live samples of each shard; ids count them.
+
+    The tombstones say who is dead: they are right also after a kill in mid-weighing.
+    """
     first = 0
     for number, one in enumerate(datasets):
+        dead = np.sort(read_tombstones(one.folder, ["key"])["key"].to_numpy())
         for place, entry in enumerate(one.manifest.shards):
             index = _read(one, entry)
-            weights = read_row_weights(one.folder, entry, one.manifest.weights.get(entry.number))
-            live = np.flatnonzero(weights)
+            is_live = np.ones(len(index), bool)
+            is_live[find_sorted(key_numbers(index), dead)[0]] = False
+            live = np.flatnonzero(is_live)
             index = index.take(pa.array(live))
             facts = {
                 "id": np.arange(first, first + len(live)),

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.config import VerifyConfig
-from data_prep.config_curate import DedupConfig
+from data_prep.config_curate import DedupConfig, RemoveConfig
 from data_prep.dedup import run
+from data_prep.remove import run as remove
 from data_prep.verify import run as verify
 from tests.curated_dataset import dataset_of, sample
 from tests.tiny_source import tree_hashes
@@ -36,6 +37,11 @@ def shards():
 
 def key(*args, **options):
     return int(sample(*args, **options).key, 16)
+
+
+def take_out(dataset, gone):
+    words = [f"dataset={dataset}", f"keys=['{gone.key}']", "why=asked"]
+    assert remove(compose(RemoveConfig, "remove", words)) == 0
 
 
 DOOMED = {key(1), key(1, quality=60), key(2, "two")}
@@ -91,6 +97,30 @@ def test_a_second_time_there_is_nothing_to_do(dataset, capsys, outcome):
     assert run(config(dataset, f"outcome={outcome}")) == 0
     assert "Nothing to do; the fingerprint stays" in capsys.readouterr().out
     assert tree_hashes(dataset) == once
+
+
+@pytest.mark.parametrize("outcome", ["remove", "weight"])
+def test_killed_before_the_manifest_the_same_command_again_finishes(dataset, tmp_path, outcome):
+    """It had changed the weights of a shard that had some, and all else but the manifest."""
+    whole = shutil.copytree(dataset, tmp_path / "whole")
+    for folder in (dataset, whole):
+        take_out(folder, sample(3))
+    before = (dataset / "manifest.json").read_bytes()
+    for folder in (dataset, whole):
+        assert run(config(folder, f"outcome={outcome}")) == 0
+    (dataset / "manifest.json").write_bytes(before)
+    assert run(config(dataset, f"outcome={outcome}")) == 0
+    assert load_manifest(dataset) == load_manifest(whole)
+    assert verify(VerifyConfig(dataset=dataset)) == 0
+
+
+def test_after_a_removal_the_weights_of_a_cluster_are_shared_anew(dataset):
+    assert run(config(dataset, "outcome=weight")) == 0
+    take_out(dataset, sample(1, quality=60))
+    assert run(config(dataset, "outcome=weight")) == 0
+    _, weights_B = live_keys(dataset)
+    assert sorted(weights_B.tolist()) == [0.5] * 4 + [1.0] * 6
+    assert verify(VerifyConfig(dataset=dataset)) == 0
 
 
 def test_the_order_of_the_shards_and_the_threads_change_nothing(dataset, tmp_path):
