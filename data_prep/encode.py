@@ -39,7 +39,7 @@ from data_prep.encode_shard import (
 )
 from data_prep.observed import RateLog, observed
 from data_prep.prepare import locked, say
-from data_prep.probe import print_costs, probe
+from data_prep.probe import no_room, print_costs, probe
 from data_prep.publish import status_path
 from trainer.command import run_command
 from trainer.data.manifest import (
@@ -198,8 +198,8 @@ def _do(cfg: EncodeConfig, work: Work) -> None:
         publish_bytes(work.folder / NULL_TEXT, to_npy(null_text_LD))
     if not todo:
         return
-    if cfg.probe_s:
-        _print_costs(cfg, work, encoders)
+    if cfg.probe_s and (problem := _print_costs(cfg, work, encoders)):
+        raise BadInput(problem)
     with observed(cfg, stage="encode") as rates:
         _run_todo(cfg, work, todo, encoders, rates)
 
@@ -238,7 +238,8 @@ def load_encoders(cfg: EncodeConfig) -> Encoders:
     )
 
 
-def _print_costs(cfg: EncodeConfig, work: Work, encoders: Encoders) -> None:
+def _print_costs(cfg: EncodeConfig, work: Work, encoders: Encoders) -> str | None:
+    """Print what the cache costs; say by how much it does not fit."""
     found = probe(
         cfg.dataset,
         work.manifest.shards[0],
@@ -248,6 +249,7 @@ def _print_costs(cfg: EncodeConfig, work: Work, encoders: Encoders) -> None:
     )
     free_bytes = shutil.disk_usage(cfg.dataset).free if is_local(cfg.dataset) else None
     print_costs(found, work.manifest, work.todo, device=cfg.device, free_bytes=free_bytes)
+    return no_room(found, work.todo, free_bytes)
 
 
 def _run_todo(

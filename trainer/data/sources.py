@@ -128,7 +128,9 @@ class _Shards:
         self._threads = None if is_local(folder) else ThreadPoolExecutor(NUM_REQUESTS)
         self.weighted = any(some.weighted for some in weights.values())
         if not self.num_samples:
-            fate = f"all samples of {dataset} were removed" if entries else f"{dataset} has no samples"
+            fate = (
+                f"all samples of {dataset} were removed" if entries else f"{dataset} has no samples"
+            )
             raise BadInput(f"{fate}: nothing is left to train on.")
 
     def read(self, places: Sequence[_Place], read: Callable[[Shard, int], T]) -> list[T]:
