@@ -128,10 +128,9 @@ class _Shards:
         self._threads = None if is_local(folder) else ThreadPoolExecutor(NUM_REQUESTS)
         self.weighted = any(some.weighted for some in weights.values())
         if not self.num_samples:
-            fate = (
-                f"all samples of {dataset} were removed" if entries else f"{dataset} has no samples"
-            )
-            raise BadInput(f"{fate}: nothing is left to train on.")
+            if not entries:
+                raise BadInput(f"{dataset} has no samples: there is nothing to train on.")
+            raise BadInput(f"all samples of {dataset} were removed: nothing is left to train on.")
 
     def read(self, places: Sequence[_Place], read: Callable[[Shard, int], T]) -> list[T]:
         """Read something of every sample; remote ones at the same time."""

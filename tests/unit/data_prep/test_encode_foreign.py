@@ -172,7 +172,7 @@ def test_a_dataset_without_samples_is_refused(tmp_path, encoders):
     for dry_run in (False, True):
         with pytest.raises(BadInput, match="no samples: all of its 7 rows were rejected"):
             encode.run(config(tmp_path, encoders, dry_run=dry_run))
-    with pytest.raises(BadInput, match="has no samples: nothing is left to train on"):
+    with pytest.raises(BadInput, match="has no samples: there is nothing to train on"):
         PictureSource(tmp_path, manifest, side_px=8)
 
 
