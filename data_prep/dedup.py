@@ -66,6 +66,7 @@ _SCHEMA = pa.schema(
 )
 _ORDERS = {"largest": "pixels DESC, caption_chars DESC, key, id", "oldest": "id"}
 _MOST_SHOWN_MEMBERS = 12
+_QUOTED_CHARS = 200
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,7 +86,7 @@ def run(cfg: DedupConfig) -> int:
     """Find duplicates, remove or weigh them, and write the page that shows them."""
     with storage(cfg.dataset), locked(cfg.dataset):
         datasets = _open(cfg)
-        scratch = Path(tempfile.mkdtemp(prefix="kiln-dedup-", dir=cfg.scratch))
+        scratch = _make_scratch(cfg.scratch)
         threads = cfg.processes or len(os.sched_getaffinity(0))
         try:
             with closing(connect(scratch, memory_gb=cfg.memory_gb, threads=threads)) as connection:
@@ -96,10 +97,27 @@ def run(cfg: DedupConfig) -> int:
                 if findings.clusters or not page.exists():
                     publish_bytes(page, render(findings).encode())
                 after = _apply(connection, cfg, datasets)
+        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+            raise BadInput(
+                f"the search needs more than memory_gb={cfg.memory_gb:g}, or more room than is "
+                f"free in {scratch.parent} ({str(error).splitlines()[0][:_QUOTED_CHARS]}). Try "
+                f"memory_gb={max(1.0, 2 * cfg.memory_gb):g}, or scratch=DIR on a larger disk."
+            ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     _say(cfg, findings, datasets[0].manifest, after)
     return 0
+
+
+def _make_scratch(folder: Path | None) -> Path:
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="kiln-dedup-", dir=folder))
+    except OSError as error:
+        raise BadInput(
+            f"scratch={folder} cannot be written ({error.strerror}). Give a local folder that can."
+        ) from error
 
 
 def _open(cfg: DedupConfig) -> list[Dataset]:

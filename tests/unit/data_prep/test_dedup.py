@@ -216,6 +216,25 @@ def test_the_page_shows_the_clusters_and_escapes_what_captions_say(tmp_path):
     assert not re.search(r"(?:src|href)=\"(?!data:)", html)
 
 
+def test_a_scratch_folder_is_made_and_left_empty(dataset, tmp_path):
+    assert run(config(dataset, f"scratch={tmp_path}/new/scratch")) == 0
+    assert list((tmp_path / "new" / "scratch").iterdir()) == []
+
+
+def test_a_scratch_that_cannot_be_written_is_named(dataset, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=r"scratch=.*/file/x cannot be written \(Not a directory\)"):
+        run(config(dataset, f"scratch={tmp_path}/file/x"))
+
+
+def test_too_little_memory_is_said_with_a_value_that_works(dataset):
+    before = tree_hashes(dataset)
+    with pytest.raises(BadInput, match=r"more than memory_gb=1e-06.*Try memory_gb=1,"):
+        run(config(dataset, "memory_gb=1e-6"))
+    assert tree_hashes(dataset) == before
+    assert run(config(dataset, "memory_gb=1")) == 0
+
+
 def test_a_dataset_without_hashes_is_refused(dataset):
     path = dataset / "index" / "00000.parquet"
     pq.write_table(read_index(path).drop_columns("phash"), path)
