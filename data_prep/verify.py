@@ -22,6 +22,7 @@ from trainer.data.manifest import (
     list_encodings,
     load_manifest,
 )
+from trainer.data.null_text import read_null_text
 from trainer.data.publish import file_sha256
 from trainer.data.shards import Shard, read_index
 from trainer.data.tombstones import (
@@ -197,6 +198,10 @@ def encoding_problems(
         found: list[str] = []
         if encoding.dataset_fingerprint != manifest.shards_fingerprint:
             found.append(f"{folder} was made from another state of the dataset. {REPAIR_ENCODING}")
+        try:
+            read_null_text(folder, sha256=encoding.facts.get("null_text_sha256"))
+        except BadInput as error:
+            found.append(str(error))
         encoded: dict[str, list[str]] = {}
         for entry in encoding.shards:
             found += shard_problems(folder, entry, encoded, repair=REPAIR_ENCODING)

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from trainer.data.manifest import Manifest, load_manifest
 from trainer.data.publish import publish_json, published
 from trainer.data.shards import Shard, read_index
-from trainer.data.sources import decode_square
+from trainer.data.sources import decode_square, read_caption
 from trainer.place import place
 from trainer.sampler import Pixels, Sampler
 
@@ -102,11 +102,7 @@ def dataset_pictures(
     entry = manifest.shards[0]
     with Shard(entry.tar(dataset), read_index(entry.index(dataset))) as shard:
         rows = np.linspace(0, entry.count - 1, min(count, entry.count)).astype(int).tolist()
-        return [(_caption(shard, row), _picture(shard, row, side_px)) for row in rows]
-
-
-def _caption(shard: Shard, row: int) -> str:
-    return shard.read(row, "txt").decode()
+        return [(read_caption(shard, row), _picture(shard, row, side_px)) for row in rows]
 
 
 def _picture(shard: Shard, row: int, side_px: int) -> Pixels:

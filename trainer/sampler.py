@@ -17,6 +17,7 @@ from trainer.build import build_process
 from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
 from trainer.config_tools import SamplingConfig
 from trainer.data.manifest import encoding_folder, load_manifest
+from trainer.data.null_text import read_null_text
 from trainer.data.sources import pad_texts
 from trainer.diffusion import philox
 from trainer.diffusion.guidance import classifier_free
@@ -174,7 +175,7 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
     model = build_denoiser(cfg.model)
     load_weights(model, weights, source=str(run))
     place = torch.device(device)
-    null_text = encoding_folder(dataset, encoding.fingerprint) / "null_text.npy"
+    null_text_LD = read_null_text(encoding_folder(dataset, encoding.fingerprint))
     channels, height, width = encoding.facts["latent_shape"]
     return Sampler(
         cfg=cfg,
@@ -183,7 +184,7 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
         process=build_process(cfg.objective),
         autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(place),
         text=load_text_encoder(cfg.encoders.text).to(place),
-        null_text_LD=torch.from_numpy(np.load(null_text, allow_pickle=False)).float(),
+        null_text_LD=torch.from_numpy(null_text_LD).float(),
         latent_mean_C=torch.tensor(encoding.facts["latent_mean"], device=place),
         latent_std_C=torch.tensor(encoding.facts["latent_std"], device=place),
         latent_shape=(channels, height, width),

@@ -123,11 +123,13 @@ class _Shards:
         self._counts = [entry.count - dead.get(entry.number, 0) for entry in entries]
         self._ends = np.cumsum(self._counts)
         self._open: dict[int, _OpenShard] = {}
-        self.num_samples = int(self._ends[-1])
+        self.num_samples = sum(self._counts)
         # Remote, all the time goes into waiting for answers.
         self._threads = None if is_local(folder) else ThreadPoolExecutor(NUM_REQUESTS)
         self.weighted = any(some.weighted for some in weights.values())
         if not self.num_samples:
+            if not entries:
+                raise BadInput(f"{dataset} has no samples: there is nothing to train on.")
             raise BadInput(f"all samples of {dataset} were removed: nothing is left to train on.")
 
     def read(self, places: Sequence[_Place], read: Callable[[Shard, int], T]) -> list[T]:
@@ -259,10 +261,28 @@ def decode_square(content: bytes, side_px: int, *, name: str) -> NDArray[np.uint
 
 def decode_bgr(content: bytes, *, name: str) -> NDArray[np.uint8]:
     """Decode a JPEG, PNG or WebP to ``(H, W, 3)`` BGR; `name` is for the error."""
-    bgr: NDArray[np.uint8] | None = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    try:
+        bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # of no bytes at all, or too many pixels
+        bgr = None
     if bgr is None:
         raise BadInput(f"{name} does not decode as a picture; `kiln verify` re-hashes its tar.")
-    return bgr
+    return np.asarray(bgr, np.uint8)
+
+
+def read_caption(shard: Shard, row: int) -> str:
+    """Read the caption of a sample; bytes that are no UTF-8 become U+FFFD.
+
+    Raises:
+        BadInput: The sample has none.
+    """
+    extensions = shard.extensions(row)
+    if "txt" not in extensions:
+        raise BadInput(
+            f"{shard.path}: {shard.keys[row]} has {', '.join(extensions)}; need a caption, a txt "
+            "(it may be empty)."
+        )
+    return shard.read(row, "txt").decode(errors="replace")
 
 
 class Covered(NamedTuple):

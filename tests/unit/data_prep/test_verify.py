@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from data_prep.config import VerifyConfig
@@ -13,6 +14,7 @@ from trainer.data.manifest import (
     load_manifest,
     save_encoding,
 )
+from trainer.data.null_text import NULL_TEXT
 from trainer.data.shards import Sample, read_index, write_shard
 from trainer.errors import BadInput
 
@@ -117,6 +119,8 @@ def test_encodings_must_have_the_keys_and_the_fingerprint_of_the_dataset(dataset
         )
 
     encode(0, manifest.fingerprint)
+    with (folder / NULL_TEXT).open("wb") as file:
+        np.save(file, np.zeros((1, 2), np.float16))
     assert problems(dataset, capsys) == []
     encode(0, "another")
     (found,) = problems(dataset, capsys)
