@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -12,6 +11,7 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
 from data_prep.config import PrepareConfig
+from data_prep.interrupts import sheltered
 from data_prep.plan import Unit
 from data_prep.publish import Systemic, UnitRecord, publish_unit
 from trainer.errors import BadWorld
@@ -55,7 +55,8 @@ def run_units(
     try:
         while True:
             while len(waiting) < 2 * num_processes and (unit := next(left, None)) is not None:
-                waiting[executor.submit(_publish, unit, cfg, rules_sha256)] = unit
+                with sheltered():  # this may start a worker
+                    waiting[executor.submit(_publish, unit, cfg, rules_sha256)] = unit
             if not waiting:
                 return
             done, _ = wait(waiting, timeout=_REFRESH_S, return_when=FIRST_COMPLETED)
@@ -77,7 +78,6 @@ def run_units(
 def _start_worker(alive: Connection, counts: Counts) -> None:
     global _worker_counts  # noqa: PLW0603 - the only way from an initializer to the tasks
     _worker_counts = counts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
 
 
