@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +86,7 @@ def run(cfg: DedupConfig) -> int:
         scratch = Path(tempfile.mkdtemp(prefix="kiln-dedup-", dir=cfg.scratch))
         threads = cfg.processes or len(os.sched_getaffinity(0))
         try:
-            with closing(connect(scratch, memory_gb=cfg.memory_gb, threads=threads)) as connection:
+            with connect(scratch, memory_gb=cfg.memory_gb, threads=threads) as connection:
                 find_clusters(connection, cfg, datasets)
                 findings = _findings(connection, cfg, datasets)
                 page = cfg.dataset / PAGE

@@ -11,7 +11,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,8 +231,8 @@ def make_plan(cfg: PrepareConfig, policy: Policy, scratch: Path) -> list[Generat
     part = cfg.part if cfg.parts > 1 else None
     with (
         accounted(cfg.dataset, stage="plan", part=part, tdp_w_per_core=cfg.tdp_w_per_core),
-        closing(
-            connect(scratch / "duckdb", memory_gb=cfg.plan_memory_gb, threads=cfg.num_processes)
+        connect(
+            scratch / "duckdb", memory_gb=cfg.plan_memory_gb, threads=cfg.num_processes
         ) as connection,
     ):
         added = _add_generation(connection, cfg, policy, files, generations)

@@ -1,7 +1,8 @@
 """Read rows of image-text metadata with DuckDB: any number of parquet, csv or jsonl files."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -122,22 +123,33 @@ def _kind(name: str) -> str:
     return PurePosixPath(path.stem).suffix if path.suffix in _PACKED else path.suffix
 
 
-def connect(scratch: Path, *, memory_gb: float, threads: int) -> duckdb.DuckDBPyConnection:
-    """Open DuckDB in memory, with a limit; what does not fit is spilled to `scratch`."""
+@contextmanager
+def connect(
+    scratch: Path, *, memory_gb: float, threads: int
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open DuckDB in memory, with a limit; what does not fit is spilled to `scratch`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C in mid-query, of which DuckDB makes errors of its own.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
-    connection = duckdb.connect(
-        config={
-            "memory_limit": f"{memory_gb}GB",
-            "threads": threads,
-            "temp_directory": str(scratch),
-            # Neither code nor settings from outside.
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-        }
-    )
-    connection.execute("SET enable_progress_bar = false")  # it would write into our output
-    connection.create_function(_URL_HOST, _url_host, ["VARCHAR"], "VARCHAR")
-    return connection
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": f"{memory_gb}GB",
+        "threads": threads,
+        "temp_directory": str(scratch),
+        # Neither code nor settings from outside.
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+    with closing(duckdb.connect(config=config)) as connection:
+        connection.execute("SET enable_progress_bar = false")  # it would write into our output
+        connection.create_function(_URL_HOST, _url_host, ["VARCHAR"], "VARCHAR")
+        try:
+            yield connection
+        except (RuntimeError, duckdb.InterruptException) as error:
+            if "interrupted" not in str(error).lower():
+                raise
+            raise KeyboardInterrupt from error
 
 
 def open_source(
