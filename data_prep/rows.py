@@ -1,6 +1,9 @@
 """Read rows of image-text metadata with DuckDB: any number of parquet, csv or jsonl files."""
 
 import hashlib
+import signal
+import socket
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -129,8 +132,7 @@ def connect(
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open DuckDB in memory, with a limit; what does not fit is spilled to `scratch`.
 
-    Raises:
-        KeyboardInterrupt: Ctrl-C in mid-query, of which DuckDB makes errors of its own.
+    For the main thread only. Ctrl-C ends a query.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     config: dict[str, str | bool | int | float | list[str]] = {
@@ -144,12 +146,38 @@ def connect(
     with closing(duckdb.connect(config=config)) as connection:
         connection.execute("SET enable_progress_bar = false")  # it would write into our output
         connection.create_function(_URL_HOST, _url_host, ["VARCHAR"], "VARCHAR")
-        try:
+        with interruptible(connection):
             yield connection
-        except (RuntimeError, duckdb.InterruptException) as error:
-            if "interrupted" not in str(error).lower():
-                raise
-            raise KeyboardInterrupt from error
+
+
+@contextmanager
+def interruptible(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Let Ctrl-C end a query in a moment, as the KeyboardInterrupt that it is.
+
+    DuckDB by itself looks for it between steps that take seconds, and makes errors of its own.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        while number := reader.recv(1):
+            if number[0] == signal.SIGINT:
+                connection.interrupt()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    except (RuntimeError, duckdb.InterruptException) as error:
+        if "interrupted" not in str(error).lower():
+            raise
+        raise KeyboardInterrupt from error
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+        watcher.join()
+        reader.close()
 
 
 def open_source(

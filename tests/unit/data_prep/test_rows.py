@@ -1,5 +1,9 @@
 import gzip
 import json
+import os
+import signal
+import threading
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -171,3 +175,17 @@ def test_the_network_is_never_asked_for_extensions(tmp_path):
     with connect(tmp_path, memory_gb=0.1, threads=1) as connection:
         setting = "SELECT current_setting('autoinstall_known_extensions')"
         assert connection.execute(setting).fetchone() == (False,)
+
+
+def test_ctrl_c_ends_a_query_in_mid_step(tmp_path):
+    # One step of an endless function: DuckDB alone would not look up before its end.
+    endless = "SELECT count(*) FROM range(100_000_000_000) AS numbers(i) WHERE hash(i) = 1"
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    started_s = time.monotonic()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        connect(tmp_path, memory_gb=0.1, threads=2) as connection,
+    ):
+        timer.start()
+        connection.execute(endless)
+    assert time.monotonic() - started_s < 10
