@@ -1,5 +1,6 @@
 """Turn pictures and captions into latents and text states; the same command again resumes."""
 
+import hashlib
 import math
 import os
 import shutil
@@ -38,6 +39,7 @@ from data_prep.publish import status_path
 from trainer.command import run_command
 from trainer.data.manifest import (
     ENCODING,
+    NULL_TEXT,
     Encoding,
     Manifest,
     ShardEntry,
@@ -55,7 +57,6 @@ from trainer.models.text_encoders import load_text_encoder
 from trainer.observe.countdown import Countdown
 from trainer.place import NUM_REQUESTS, is_local, read_bytes, remove, storage
 
-NULL_TEXT = "null_text.npy"
 WRITE_BEHIND_IMAGES = 512  # encoded samples that may wait for the disk
 
 
@@ -140,7 +141,8 @@ def make_encoding(work: Work) -> Encoding:
     """Put the records of all shards together."""
     records = [work.records[shard.number] for shard in work.manifest.shards]
     counts: Counter[str] = sum((Counter(record.buckets) for record in records), Counter())
-    null_text = np.load(BytesIO(read_bytes(work.folder / NULL_TEXT)), allow_pickle=False)
+    null_bytes = read_bytes(work.folder / NULL_TEXT)
+    null_text = np.load(BytesIO(null_bytes), allow_pickle=False)
     mean_C, std_C = latent_statistics(records)
     return Encoding(
         fingerprint=work.identity.fingerprint,
@@ -150,6 +152,7 @@ def make_encoding(work: Work) -> Encoding:
             **work.identity.facts,
             "latent_shape": list(records[0].latent_shape),
             "text_width": int(null_text.shape[1]),
+            "null_text_sha256": hashlib.sha256(null_bytes).hexdigest(),
             "latent_mean": mean_C,
             "latent_std": std_C,
             "pictures_by_bucket": dict(sorted(counts.items())),

@@ -16,6 +16,7 @@ from trainer.place import read_bytes, remove, sizes_bytes
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ENCODING = "encoding.json"
+NULL_TEXT = "null_text.npy"
 REPAIR_ENCODING = "Give the `kiln encode` command that made the encoding again."
 
 T = TypeVar("T")
