@@ -81,7 +81,7 @@ class Dataset:
 
 def run(cfg: DedupConfig) -> int:
     """Find duplicates, remove or weigh them, and write the page that shows them."""
-    with storage(cfg.dataset), locked(cfg.dataset):
+    with storage(cfg.dataset), locked(cfg.dataset, make=False):
         datasets = _open(cfg)
         scratch = Path(tempfile.mkdtemp(prefix="kiln-dedup-", dir=cfg.scratch))
         threads = cfg.processes or len(os.sched_getaffinity(0))

@@ -47,7 +47,6 @@ from trainer.observe.countdown import Countdown
 from trainer.place import open_sparsely, storage
 
 
-
 def main(argv: Sequence[str]) -> int:
     """Run `kiln verify`."""
     return run_command(run, VerifyConfig, "verify", argv)

@@ -1,4 +1,4 @@
-"""Check a dataset's records: the plan, units, history and manifest agree, and no file is foreign."""
+"""Check a dataset's records: plan, units, history and manifest agree, and no file is foreign."""
 
 import hashlib
 import json

@@ -1,5 +1,6 @@
 """`kiln prepare` as a user runs it: killed, interrupted, given again."""
 
+import json
 import os
 import signal
 import subprocess
@@ -83,6 +84,8 @@ def test_a_killed_and_an_interrupted_prepare_end_where_an_uninterrupted_one_does
     assert process.returncode == 130, said
     assert f"{after_kill} of 40 units are published" in said
     assert "the same command continues" in said
+    states = {json.loads(path.read_text())["state"] for path in dataset.glob("status/*.json")}
+    assert states <= {"done", "interrupted"}
 
     process = start(source, dataset)
     said = process.communicate(timeout=120)[0]

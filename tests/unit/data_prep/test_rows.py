@@ -182,10 +182,12 @@ def test_ctrl_c_ends_a_query_in_mid_step(tmp_path):
     endless = "SELECT count(*) FROM range(100_000_000_000) AS numbers(i) WHERE hash(i) = 1"
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     started_s = time.monotonic()
-    with (
-        pytest.raises(KeyboardInterrupt),
-        connect(tmp_path, memory_gb=0.1, threads=2) as connection,
-    ):
-        timer.start()
-        connection.execute(endless)
+
+    def query():
+        with connect(tmp_path, memory_gb=0.1, threads=2) as connection:
+            timer.start()
+            connection.execute(endless)
+
+    with pytest.raises(KeyboardInterrupt):
+        query()
     assert time.monotonic() - started_s < 10
