@@ -8,7 +8,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.plan import read_rows
@@ -26,6 +26,7 @@ def planned(rows, tmp_path, *more):
     return {(r.url, r.caption) for unit in plan_units(cfg) for r in read_rows(cfg.dataset, unit)}
 
 
+@settings(deadline=None)
 @given(url=st.text(), caption=st.text())
 def test_ids_are_the_same_in_sql_and_in_python(url, caption):
     sql = "SELECT printf('%016x', md5_number_lower(? || chr(0) || ?))"
