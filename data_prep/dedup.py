@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,12 +83,12 @@ class Dataset:
 
 def run(cfg: DedupConfig) -> int:
     """Find duplicates, remove or weigh them, and write the page that shows them."""
-    with storage(cfg.dataset), locked(cfg.dataset):
+    with storage(cfg.dataset), locked(cfg.dataset, make=False):
         datasets = _open(cfg)
         scratch = _make_scratch(cfg.scratch)
         threads = cfg.processes or len(os.sched_getaffinity(0))
         try:
-            with closing(connect(scratch, memory_gb=cfg.memory_gb, threads=threads)) as connection:
+            with connect(scratch, memory_gb=cfg.memory_gb, threads=threads) as connection:
                 find_clusters(connection, cfg, datasets)
                 findings = _findings(connection, cfg, datasets)
                 page = cfg.dataset / PAGE
