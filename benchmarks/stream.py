@@ -231,7 +231,7 @@ _DATA = ("pictures", "latents", "few-latents")
 @contextmanager
 def bucket(folder: Path) -> Iterator[Callable[[str], None]]:
     """Serve S3 through a throttled proxy; gives what uploads a folder, past the proxy."""
-    server: Any = S3Server(folder / "s3")  # type: ignore[no-untyped-call]
+    server: Any = S3Server(folder / "s3")
     try:
         client = server.client("writer")
         port = server.ports["s3"]

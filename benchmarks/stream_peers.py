@@ -149,7 +149,7 @@ class Files(Dataset[tuple[Any, ...]]):
 
     def __init__(self, job: Job) -> None:
         """List the files."""
-        self._job, self._client, self._threads = job, None, None
+        self._job, self._client = job, None
         names = _list_bucket(job.where) if job.remote else _names(Path(job.where))
         self._local = Path(job.cache if job.remote else job.where)
         self._keys = _keys(Path(name).name for name in names)
@@ -174,16 +174,18 @@ class Files(Dataset[tuple[Any, ...]]):
 
         if self._client is None:
             self._client = boto3.client("s3", config=Config(max_pool_connections=_REQUESTS))
-            self._threads = ThreadPoolExecutor(_REQUESTS)
+        client: Any = self._client
         bucket, prefix = _bucket(self._job.where)
         names = [f"{key}.{member}" for key in keys for member in _MEMBERS[self._job.kind]]
 
         def get(name: str) -> None:
-            content = self._client.get_object(Bucket=bucket, Key=f"{prefix}/{name}")["Body"].read()
+            content = client.get_object(Bucket=bucket, Key=f"{prefix}/{name}")["Body"].read()
             (self._local / f"{name}.new").write_bytes(content)
             (self._local / f"{name}.new").rename(self._local / name)
 
-        list(self._threads.map(get, [name for name in names if not (self._local / name).exists()]))
+        missing = [name for name in names if not (self._local / name).exists()]
+        with ThreadPoolExecutor(_REQUESTS) as threads:
+            list(threads.map(get, missing))
 
 
 def open_files(job: Job) -> Iterable[Any]:
@@ -216,7 +218,8 @@ def open_webdataset(job: Job) -> Iterable[Any]:
     if job.kind == "latents":
         samples = samples.decode()
     batches = samples.to_tuple(*_MEMBERS[job.kind]).batched(BATCH, collation_fn=collate(job))
-    return wds.WebLoader(batches, batch_size=None, **_options(job))
+    loader: Iterable[Any] = wds.WebLoader(batches, batch_size=None, **_options(job))
+    return loader
 
 
 # --- mosaicml-streaming ---
@@ -287,9 +290,10 @@ def open_litdata(job: Job) -> Iterable[Any]:
         litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
         where["cache_dir"] = job.cache
     data = litdata.StreamingDataset(**where, shuffle=True, drop_last=False)
-    return litdata.StreamingDataLoader(
+    loader: Iterable[Any] = litdata.StreamingDataLoader(
         data, batch_size=BATCH, collate_fn=collate(job), **_options(job)
     )
+    return loader
 
 
 Convert = Callable[[Path, Path, str], None]
