@@ -144,6 +144,8 @@ class Runs:
                     # The first epoch starts the workers.
                     rates[workers] = _rate(self._peer(question, system, workers, "", 2)[1:])
             peer.workers[question] = max(rates, key=rates.__getitem__)
+            tried = ", ".join(f"{workers}: {rate:.0f}/s" for workers, rate in rates.items())
+            print(f"{question.what}: {system} with workers {tried}", file=sys.stderr)
             if not question.remote:
                 for workers in set(WORKERS) - {peer.workers[question]}:
                     peer.ask(do="close", job=self._job(question, system, workers, ""))

@@ -109,14 +109,8 @@ def _options(job: Job) -> dict[str, Any]:
 
 
 def _read_sample(files: Path, key: str, kind: str) -> tuple[Any, ...]:
-    contents = [(files / f"{key}.{member}").read_bytes() for member in _MEMBERS[kind]]
-    return _parse(contents, kind)
-
-
-def _parse(contents: Sequence[bytes], kind: str) -> tuple[Any, ...]:
-    if kind == "pictures":
-        return tuple(contents)
-    return tuple(np.load(BytesIO(content)) for content in contents)
+    paths = [files / f"{key}.{member}" for member in _MEMBERS[kind]]
+    return tuple(path.read_bytes() if kind == "pictures" else np.load(path) for path in paths)
 
 
 def _names(folder: Path) -> list[str]:
@@ -139,9 +133,6 @@ def _list_bucket(url: str) -> Iterator[str]:
     pages = boto3.client("s3").get_paginator("list_objects_v2")
     for page in pages.paginate(Bucket=bucket, Prefix=f"{prefix}/"):
         yield from (found["Key"] for found in page["Contents"])
-
-
-# --- a plain Dataset of files ---
 
 
 class Files(Dataset[tuple[Any, ...]]):
@@ -193,9 +184,6 @@ def open_files(job: Job) -> Iterable[Any]:
     return DataLoader(Files(job), BATCH, shuffle=True, collate_fn=collate(job), **_options(job))
 
 
-# --- webdataset ---
-
-
 def open_webdataset(job: Job) -> Iterable[Any]:
     """Load Kiln's tars; from a URL with webdataset's own curl, and its cache of shards."""
     import boto3
@@ -213,16 +201,12 @@ def open_webdataset(job: Job) -> Iterable[Any]:
         options["cache_dir"] = job.cache
     else:
         urls = sorted(str(path) for path in Path(job.where).glob("*.tar"))
-    # More workers than shards would stand idle.
     samples = wds.WebDataset(urls, empty_check=False, **options).shuffle(_SHUFFLE_SAMPLES)
     if job.kind == "latents":
         samples = samples.decode()
     batches = samples.to_tuple(*_MEMBERS[job.kind]).batched(BATCH, collation_fn=collate(job))
     loader: Iterable[Any] = wds.WebLoader(batches, batch_size=None, **_options(job))
     return loader
-
-
-# --- mosaicml-streaming ---
 
 
 def _streaming() -> Any:
@@ -261,9 +245,6 @@ def open_mds(job: Job) -> Iterable[Any]:
         return batch([tuple(sample[name] for name in _MEMBERS[job.kind]) for sample in samples])
 
     return DataLoader(data, BATCH, collate_fn=of_dicts, **_options(job))
-
-
-# --- litdata ---
 
 
 def convert_litdata(files: Path, out: Path, kind: str) -> None:
