@@ -259,7 +259,7 @@ class PictureSource:
             row, shard = place.row, place.shard
             extension = next((ext for ext in PICTURES if shard.size_bytes(row, ext) >= 0), "jpg")
             content, name = shard.read(row, extension), shard.name(row, extension)
-            pictures_BHWC[number] = decode_square(content, side_px, name=name)
+            decode_square(content, side_px, name=name, out=pictures_BHWC[number])
 
         places = self.samples.read(slots, read)
         pictures = torch.from_numpy(pictures_BHWC).to(self._device)
