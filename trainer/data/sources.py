@@ -74,11 +74,7 @@ class Samples:
     """The datasets of a stream, and what becomes of samples that cannot be read."""
 
     def __init__(self, law: Law, readers: Sequence[Reader], quarantine: Quarantine) -> None:
-        """Take a reader for each member of the law.
-
-        Raises:
-            BadInput: Nothing is left of them.
-        """
+        """Take a reader for each member of the law, and where bad samples are counted."""
         self.law, self.readers, self._quarantine = law, tuple(readers), quarantine
         # Remote and not cached, all the time goes into waiting for answers.
         waits = any(r.cache is None and not is_local(r.entries[0].tar(r.folder)) for r in readers)
