@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 
@@ -28,7 +27,6 @@ COPIED_FRAC = 0.3
 THREADS = 2
 _CLUSTERS = """
 import json, pathlib, sys, time
-from contextlib import closing
 from data_prep.config_curate import DedupConfig
 from data_prep.dedup import Dataset, find_clusters
 from data_prep.rows import connect
@@ -44,7 +42,7 @@ rows = len(shards) * int(sys.argv[2])
 manifest = Manifest(shards=shards, rows_in=rows, rows_kept=rows, rejected={})
 cfg = compose(DedupConfig, "dedup", [f"dataset={folder}", f"max_distance={sys.argv[3]}"])
 started_s = time.perf_counter()
-with closing(connect(folder / "spill", memory_gb=0.5, threads=int(sys.argv[4]))) as connection:
+with connect(folder / "spill", memory_gb=0.5, threads=int(sys.argv[4])) as connection:
     find_clusters(connection, cfg, [Dataset(folder, manifest)])
 status = pathlib.Path("/proc/self/status").read_text()
 peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
@@ -88,7 +86,7 @@ def indexes(folder: Path, num: int) -> Path:
 
 def kiln(folder: Path, num: int) -> int:
     """Find all pairs with DuckDB; give their number."""
-    with closing(connect(folder / "spill", memory_gb=0.5, threads=THREADS)) as connection:
+    with connect(folder / "spill", memory_gb=0.5, threads=THREADS) as connection:
         return _kiln(connection, num)
 
 

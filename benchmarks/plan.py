@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def judge(folder: Path, num_rows: int) -> None:
     path = str(source(folder, num_rows))
     cfg = compose(PrepareConfig, "prepare", [f"rows={path}", f"dataset={folder}"])
     policy = plain_policy(**RULES)
-    with closing(connect(folder / "spill", memory_gb=1, threads=1)) as connection:
+    with connect(folder / "spill", memory_gb=1, threads=1) as connection:
         found = open_source(connection, source_files(path), cfg.columns)
         load_lists(connection, policy)
         query = rows_sql(cfg.columns, found, broken_rule_sql(make_rules(policy, found)))

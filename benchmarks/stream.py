@@ -144,6 +144,8 @@ class Runs:
                     # The first epoch starts the workers.
                     rates[workers] = _rate(self._peer(question, system, workers, "", 2)[1:])
             peer.workers[question] = max(rates, key=rates.__getitem__)
+            tried = ", ".join(f"{workers}: {rate:.0f}/s" for workers, rate in rates.items())
+            print(f"{question.what}: {system} with workers {tried}", file=sys.stderr)
             if not question.remote:
                 for workers in set(WORKERS) - {peer.workers[question]}:
                     peer.ask(do="close", job=self._job(question, system, workers, ""))
@@ -231,7 +233,7 @@ _DATA = ("pictures", "latents", "few-latents")
 @contextmanager
 def bucket(folder: Path) -> Iterator[Callable[[str], None]]:
     """Serve S3 through a throttled proxy; gives what uploads a folder, past the proxy."""
-    server: Any = S3Server(folder / "s3")  # type: ignore[no-untyped-call]
+    server: Any = S3Server(folder / "s3")
     try:
         client = server.client("writer")
         port = server.ports["s3"]

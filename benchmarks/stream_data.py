@@ -36,7 +36,9 @@ def pictures(num: int) -> Iterator[bytes]:
     ]
     for number in range(num):
         picture = originals[number % len(originals)]
-        cut, height, width = number // len(originals) % 16, *picture.shape[:2]
+        assert picture is not None
+        height, width = picture.shape[:2]
+        cut = number // len(originals) % 16
         crop = picture[cut : height - cut // 2, cut // 2 : width - cut]
         scale = 512 / min(crop.shape[:2])
         size = (round(crop.shape[1] * scale), round(crop.shape[0] * scale))
@@ -69,7 +71,13 @@ def publish_latents(dataset: Path, files: Path, num: int) -> None:
     folder = encoding_folder(dataset, ENCODING)
     encoded = _publish(folder, "{:05d}.tar", latents(num), files, num)
     save_encoding(
-        dataset, Encoding(fingerprint=ENCODING, dataset_fingerprint="0" * 64, shards=encoded)
+        dataset,
+        Encoding(
+            fingerprint=ENCODING,
+            dataset_fingerprint="0" * 64,
+            shards=encoded,
+            bucket_counts={"256x256": [entry.count for entry in encoded]},
+        ),
     )
 
 

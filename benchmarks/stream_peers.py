@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.data.sources import decode_square
+from trainer.data.decode import decode_square
 
 BATCH, SIDE_PX = 32, 256
 SHARD_SAMPLES = 128
@@ -109,14 +109,8 @@ def _options(job: Job) -> dict[str, Any]:
 
 
 def _read_sample(files: Path, key: str, kind: str) -> tuple[Any, ...]:
-    contents = [(files / f"{key}.{member}").read_bytes() for member in _MEMBERS[kind]]
-    return _parse(contents, kind)
-
-
-def _parse(contents: Sequence[bytes], kind: str) -> tuple[Any, ...]:
-    if kind == "pictures":
-        return tuple(contents)
-    return tuple(np.load(BytesIO(content)) for content in contents)
+    paths = [files / f"{key}.{member}" for member in _MEMBERS[kind]]
+    return tuple(path.read_bytes() if kind == "pictures" else np.load(path) for path in paths)
 
 
 def _names(folder: Path) -> list[str]:
@@ -141,15 +135,12 @@ def _list_bucket(url: str) -> Iterator[str]:
         yield from (found["Key"] for found in page["Contents"])
 
 
-# --- a plain Dataset of files ---
-
-
 class Files(Dataset[tuple[Any, ...]]):
     """Files `KEY.MEMBER` of a folder, or of a URL: then fetched many at a time, and kept."""
 
     def __init__(self, job: Job) -> None:
         """List the files."""
-        self._job, self._client, self._threads = job, None, None
+        self._job, self._client = job, None
         names = _list_bucket(job.where) if job.remote else _names(Path(job.where))
         self._local = Path(job.cache if job.remote else job.where)
         self._keys = _keys(Path(name).name for name in names)
@@ -174,24 +165,23 @@ class Files(Dataset[tuple[Any, ...]]):
 
         if self._client is None:
             self._client = boto3.client("s3", config=Config(max_pool_connections=_REQUESTS))
-            self._threads = ThreadPoolExecutor(_REQUESTS)
+        client: Any = self._client
         bucket, prefix = _bucket(self._job.where)
         names = [f"{key}.{member}" for key in keys for member in _MEMBERS[self._job.kind]]
 
         def get(name: str) -> None:
-            content = self._client.get_object(Bucket=bucket, Key=f"{prefix}/{name}")["Body"].read()
+            content = client.get_object(Bucket=bucket, Key=f"{prefix}/{name}")["Body"].read()
             (self._local / f"{name}.new").write_bytes(content)
             (self._local / f"{name}.new").rename(self._local / name)
 
-        list(self._threads.map(get, [name for name in names if not (self._local / name).exists()]))
+        missing = [name for name in names if not (self._local / name).exists()]
+        with ThreadPoolExecutor(_REQUESTS) as threads:
+            list(threads.map(get, missing))
 
 
 def open_files(job: Job) -> Iterable[Any]:
     """Load files with torch's own tools."""
     return DataLoader(Files(job), BATCH, shuffle=True, collate_fn=collate(job), **_options(job))
-
-
-# --- webdataset ---
 
 
 def open_webdataset(job: Job) -> Iterable[Any]:
@@ -211,15 +201,12 @@ def open_webdataset(job: Job) -> Iterable[Any]:
         options["cache_dir"] = job.cache
     else:
         urls = sorted(str(path) for path in Path(job.where).glob("*.tar"))
-    # More workers than shards would stand idle.
     samples = wds.WebDataset(urls, empty_check=False, **options).shuffle(_SHUFFLE_SAMPLES)
     if job.kind == "latents":
         samples = samples.decode()
     batches = samples.to_tuple(*_MEMBERS[job.kind]).batched(BATCH, collation_fn=collate(job))
-    return wds.WebLoader(batches, batch_size=None, **_options(job))
-
-
-# --- mosaicml-streaming ---
+    loader: Iterable[Any] = wds.WebLoader(batches, batch_size=None, **_options(job))
+    return loader
 
 
 def _streaming() -> Any:
@@ -260,9 +247,6 @@ def open_mds(job: Job) -> Iterable[Any]:
     return DataLoader(data, BATCH, collate_fn=of_dicts, **_options(job))
 
 
-# --- litdata ---
-
-
 def convert_litdata(files: Path, out: Path, kind: str) -> None:
     """Write litdata's optimized chunks, with bytes of pictures and tensors of latents."""
     import litdata
@@ -287,9 +271,10 @@ def open_litdata(job: Job) -> Iterable[Any]:
         litdata.streaming.downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
         where["cache_dir"] = job.cache
     data = litdata.StreamingDataset(**where, shuffle=True, drop_last=False)
-    return litdata.StreamingDataLoader(
+    loader: Iterable[Any] = litdata.StreamingDataLoader(
         data, batch_size=BATCH, collate_fn=collate(job), **_options(job)
     )
+    return loader
 
 
 Convert = Callable[[Path, Path, str], None]

@@ -35,7 +35,7 @@ def clean_caption(caption: str, cfg: CaptionsConfig) -> str:
         text = unicodedata.normalize("NFC", "".join(map(_visible, text)))
     if cfg.drop_urls:
         text = _URL.sub(" ", text)
-    text = " ".join(text.split())
+    text = " ".join(text.split()).strip(_JOINERS + " ")  # with nothing beside them they join none
     if len(text) <= cfg.max_chars:
         return text
     cut, space, _ = text[: cfg.max_chars + 1].rpartition(" ")

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +27,11 @@ from trainer.data.publish import publish_bytes
 from trainer.data.shards import Shard, read_index
 from trainer.data.tombstones import (
     add_tombstones,
+    find_sorted,
     is_weighed,
     key_numbers,
     read_cluster_weights,
-    read_row_weights,
+    read_tombstones,
     save_cluster_weights,
     save_state,
     weigh,
@@ -65,6 +65,7 @@ _SCHEMA = pa.schema(
 )
 _ORDERS = {"largest": "pixels DESC, caption_chars DESC, key, id", "oldest": "id"}
 _MOST_SHOWN_MEMBERS = 12
+_QUOTED_CHARS = 200
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,12 +83,12 @@ class Dataset:
 
 def run(cfg: DedupConfig) -> int:
     """Find duplicates, remove or weigh them, and write the page that shows them."""
-    with storage(cfg.dataset), locked(cfg.dataset):
+    with storage(cfg.dataset), locked(cfg.dataset, make=False):
         datasets = _open(cfg)
-        scratch = Path(tempfile.mkdtemp(prefix="kiln-dedup-", dir=cfg.scratch))
+        scratch = _make_scratch(cfg.scratch)
         threads = cfg.processes or len(os.sched_getaffinity(0))
         try:
-            with closing(connect(scratch, memory_gb=cfg.memory_gb, threads=threads)) as connection:
+            with connect(scratch, memory_gb=cfg.memory_gb, threads=threads) as connection:
                 find_clusters(connection, cfg, datasets)
                 findings = _findings(connection, cfg, datasets)
                 page = cfg.dataset / PAGE
@@ -95,10 +96,27 @@ def run(cfg: DedupConfig) -> int:
                 if findings.clusters or not page.exists():
                     publish_bytes(page, render(findings).encode())
                 after = _apply(connection, cfg, datasets)
+        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+            raise BadInput(
+                f"the search needs more than memory_gb={cfg.memory_gb:g}, or more room than is "
+                f"free in {scratch.parent} ({str(error).splitlines()[0][:_QUOTED_CHARS]}). Try "
+                f"memory_gb={max(1.0, 2 * cfg.memory_gb):g}, or scratch=DIR on a larger disk."
+            ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     _say(cfg, findings, datasets[0].manifest, after)
     return 0
+
+
+def _make_scratch(folder: Path | None) -> Path:
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="kiln-dedup-", dir=folder))
+    except OSError as error:
+        raise BadInput(
+            f"scratch={folder} cannot be written ({error.strerror}). Give a local folder that can."
+        ) from error
 
 
 def _open(cfg: DedupConfig) -> list[Dataset]:
@@ -169,13 +187,18 @@ def _load(connection: duckdb.DuckDBPyConnection, datasets: Sequence[Dataset]) ->
 
 
 def _live_images(datasets: Sequence[Dataset], on_rows: Callable[[int], None]) -> Iterator[pa.Table]:
-    """Yield the live samples of each shard; ids count them."""
+    """Yield the live samples of each shard; ids count them.
+
+    The tombstones say who is dead: they are right also after a kill in mid-weighing.
+    """
     first = 0
     for number, one in enumerate(datasets):
+        dead = np.sort(read_tombstones(one.folder, ["key"])["key"].to_numpy())
         for place, entry in enumerate(one.manifest.shards):
             index = _read(one, entry)
-            weights = read_row_weights(one.folder, entry, one.manifest.weights.get(entry.number))
-            live = np.flatnonzero(weights > 0)
+            is_live = np.ones(len(index), bool)
+            is_live[find_sorted(key_numbers(index), dead)[0]] = False
+            live = np.flatnonzero(is_live)
             index = index.take(pa.array(live))
             facts = {
                 "id": np.arange(first, first + len(live)),

@@ -10,19 +10,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from data_prep.buckets import make_boxes, print_buckets
 from data_prep.config import EncodeConfig
-from data_prep.encode_batches import Busy, Encoded, Encoders, encode_ids, encode_samples, to_npy
+from data_prep.encode_batches import (
+    Busy,
+    Encoded,
+    Encoders,
+    encode_ids,
+    encode_samples,
+    require_finite_states,
+    to_npy,
+)
 from data_prep.encode_loader import load_samples, run_ahead
 from data_prep.encode_shard import (
     SidecarRecord,
@@ -32,7 +38,7 @@ from data_prep.encode_shard import (
 )
 from data_prep.observed import RateLog, observed
 from data_prep.prepare import locked, say
-from data_prep.probe import print_costs, probe
+from data_prep.probe import no_room, print_costs, probe
 from data_prep.publish import status_path
 from trainer.command import run_command
 from trainer.data.manifest import (
@@ -46,15 +52,15 @@ from trainer.data.manifest import (
     load_manifest,
     save_encoding,
 )
-from trainer.data.publish import publish_bytes, publish_json
+from trainer.data.null_text import NULL_TEXT, read_null_text
+from trainer.data.publish import file_sha256, publish_bytes, publish_json
 from trainer.errors import BadInput
 from trainer.models.autoencoders import load_autoencoder
 from trainer.models.fingerprint import Identity, identify
 from trainer.models.text_encoders import load_text_encoder
 from trainer.observe.countdown import Countdown
-from trainer.place import NUM_REQUESTS, is_local, read_bytes, remove, storage
+from trainer.place import NUM_REQUESTS, is_local, remove, storage
 
-NULL_TEXT = "null_text.npy"
 WRITE_BEHIND_IMAGES = 512  # encoded samples that may wait for the disk
 
 
@@ -96,6 +102,12 @@ def run(cfg: EncodeConfig) -> int:
 
 def _run(cfg: EncodeConfig) -> int:
     manifest = load_manifest(cfg.dataset)
+    if not manifest.shards:
+        raise BadInput(
+            f"{cfg.dataset} has no samples: all of its {manifest.rows_in} rows were rejected, and "
+            f"there is nothing to encode. `kiln stats dataset={cfg.dataset}` counts the reasons; "
+            "change the rules or the source, and give the `kiln prepare` command again."
+        )
     shared = cfg.parts > 1
     with locked(cfg.dataset, wait=shared):
         work = survey(cfg, manifest)
@@ -139,7 +151,7 @@ def make_encoding(work: Work) -> Encoding:
     """Put the records of all shards together."""
     records = [work.records[shard.number] for shard in work.manifest.shards]
     buckets = sorted({bucket for record in records for bucket in record.buckets})
-    null_text = np.load(BytesIO(read_bytes(work.folder / NULL_TEXT)), allow_pickle=False)
+    null_text_LD = read_null_text(work.folder)
     mean_C, std_C = latent_statistics(records)
     return Encoding(
         fingerprint=work.identity.fingerprint,
@@ -151,7 +163,8 @@ def make_encoding(work: Work) -> Encoding:
         facts={
             **work.identity.facts,
             "latent_shape": list(records[0].latent_shape),
-            "text_width": int(null_text.shape[1]),
+            "text_width": int(null_text_LD.shape[1]),
+            "null_text_sha256": file_sha256(work.folder / NULL_TEXT),
             "latent_mean": mean_C,
             "latent_std": std_C,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
@@ -175,18 +188,19 @@ def latent_statistics(records: Sequence[SidecarRecord]) -> tuple[list[float], li
 def _do(cfg: EncodeConfig, work: Work) -> None:
     """Encode the missing shards of this part, and the empty caption."""
     todo = [shard for shard in work.todo if int(shard.number) % cfg.parts == cfg.part]
-    # One part alone writes it, for they would be in each other's way.
-    needs_null_text = cfg.part == 0 and not (work.folder / NULL_TEXT).exists()
-    if not todo and not needs_null_text:
+    # One part alone writes the empty caption, for they would be in each other's way; anew each
+    # time, for nothing vouches for its bytes while there is no encoding.json.
+    if not todo and cfg.part:
         return
     encoders = load_encoders(cfg)
-    if needs_null_text:
+    if cfg.part == 0:
         (null_text_LD,) = encode_ids(encoders.text.tokens([""]), encoders)
+        require_finite_states(null_text_LD, "")
         publish_bytes(work.folder / NULL_TEXT, to_npy(null_text_LD))
     if not todo:
         return
-    if cfg.probe_s:
-        _print_costs(cfg, work, encoders)
+    if cfg.probe_s and (problem := _print_costs(cfg, work, encoders)):
+        raise BadInput(problem)
     with observed(cfg, stage="encode") as rates:
         _run_todo(cfg, work, todo, encoders, rates)
 
@@ -207,6 +221,13 @@ def load_encoders(cfg: EncodeConfig) -> Encoders:
             f"encoders.buckets.step_px={buckets.step_px} is no multiple of {need}, the pixels per "
             f"row of a latent. Try {math.ceil(buckets.step_px / need) * need}."
         )
+    if cfg.encoders.image_side_px % autoencoder.downscale:
+        need = autoencoder.downscale
+        fitting = max(need, cfg.encoders.image_side_px // need * need)
+        raise BadInput(
+            f"encoders.image_side_px={cfg.encoders.image_side_px} is no multiple of {need}, the "
+            f"pixels per row of a latent. Try {fitting}."
+        )
     return Encoders(
         autoencoder=autoencoder,
         text=load_text_encoder(cfg.encoders.text).to(device),
@@ -218,7 +239,8 @@ def load_encoders(cfg: EncodeConfig) -> Encoders:
     )
 
 
-def _print_costs(cfg: EncodeConfig, work: Work, encoders: Encoders) -> None:
+def _print_costs(cfg: EncodeConfig, work: Work, encoders: Encoders) -> str | None:
+    """Print what the cache costs; say by how much it does not fit."""
     found = probe(
         cfg.dataset,
         work.manifest.shards[0],
@@ -228,6 +250,7 @@ def _print_costs(cfg: EncodeConfig, work: Work, encoders: Encoders) -> None:
     )
     free_bytes = shutil.disk_usage(cfg.dataset).free if is_local(cfg.dataset) else None
     print_costs(found, work.manifest, work.todo, device=cfg.device, free_bytes=free_bytes)
+    return no_room(found, work.todo, free_bytes)
 
 
 def _run_todo(
@@ -298,7 +321,7 @@ def _by_kind(busy: Busy) -> str:
 
 def _finish(cfg: EncodeConfig, work: Work) -> int:
     """Write encoding.json if all shards are there, and say what there is."""
-    if work.todo or not (work.folder / NULL_TEXT).exists():
+    if work.todo or not _has_null_text(work.folder):
         num_shards = len(work.manifest.shards)
         say(
             f"{work.folder}: part {cfg.part} of {cfg.parts} is done; {len(work.records)} of "
@@ -316,16 +339,25 @@ def _finish(cfg: EncodeConfig, work: Work) -> int:
 
 
 def _is_current(path: Path, work: Work) -> bool:
-    if not path.exists() or not (path.parent / NULL_TEXT).exists():
+    if not path.exists():
         return False
     try:
         there = load_encoding(path.parent)
+        read_null_text(path.parent, sha256=there.facts.get("null_text_sha256"))
     except BadInput:
         return False
     records = [work.records[shard.number] for shard in work.manifest.shards]
     return there.dataset_fingerprint == work.manifest.shards_fingerprint and there.shards == tuple(
         record.shard for record in records
     )
+
+
+def _has_null_text(folder: Path) -> bool:
+    try:
+        read_null_text(folder)
+    except BadInput:
+        return False
+    return True
 
 
 def _retract(folder: Path, number: str) -> None:

@@ -31,6 +31,7 @@ from trainer.models.text_encoders import TextEncoder
 MAX_WAIT_IMAGES = 2048  # then a batch is run though it is not full, to bound the memory
 CAPTIONS_KEPT = 1024  # captions that are not encoded again if they come again soon
 MAX_FLOAT16 = 65504.0
+_QUOTED_CHARS = 80
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -122,6 +123,7 @@ class _Picture:
 
 @dataclass(frozen=True, slots=True)
 class _Caption:
+    text: str
     ids: list[int]
     states: Future[bytes]
 
@@ -154,7 +156,7 @@ def encode_samples(
         busy: Told what the encoders do.
 
     Raises:
-        BadInput: The autoencoder gives latents that are not finite.
+        BadInput: An encoder gives latents or states that are not finite.
     """
     waiting: deque[_Waiting] = deque()
     with one_core_workers(encoders.threads) as workers:
@@ -208,7 +210,7 @@ class _Passes:
         new = [caption for caption in captions if caption not in self._texts]
         for caption, ids in zip(new, self._encoders.text.tokens(new), strict=True):
             states = self._texts[caption] = Future()
-            if batch := self._captions.add(len(ids), _Caption(ids, states), now=now):
+            if batch := self._captions.add(len(ids), _Caption(caption, ids, states), now=now):
                 self._run(self._encode_captions, batch[1])
 
     def _run(self, encode: Callable[[list[V]], None], batch: list[V]) -> None:
@@ -236,6 +238,7 @@ class _Passes:
             with self._busy.span("captions", len(batch)):
                 states = encode_ids([caption.ids for caption in batch], self._encoders)
             for caption, states_LD in zip(batch, states, strict=True):
+                require_finite_states(states_LD, caption.text)
                 caption.states.set_result(to_npy(states_LD))
 
 
@@ -266,15 +269,11 @@ def encode_pictures(
     pictures_BCHW = torch.from_numpy(full_BHWC).to(encoders.device).permute(0, 3, 1, 2)
     moments = encoders.autoencoder.moments(pictures_BCHW.float() / 127.5 - 1.0)
     moments_B2CHW = torch.stack(moments, dim=1)[: len(pictures)]
-    # Clamping leaves NaN as it is, and would hide infinity.
-    fitting = moments_B2CHW.clamp(-MAX_FLOAT16, MAX_FLOAT16).where(
-        moments_B2CHW.isfinite(), torch.nan
-    )
-    return list(fitting.half().cpu().numpy())
+    return list(_to_half(moments_B2CHW))
 
 
 def encode_ids(ids: Sequence[list[int]], encoders: Encoders) -> list[NDArray[np.float16]]:
-    """Encode up to a batch of captions of equal length.
+    """Encode up to a batch of captions of equal length; values too large for fp16 are clamped.
 
     Args:
         ids: Their tokens.
@@ -284,8 +283,23 @@ def encode_ids(ids: Sequence[list[int]], encoders: Encoders) -> list[NDArray[np.
         ``(L, D)`` states of each.
     """
     ids_BL = torch.tensor(filled_up(ids, encoders.captions_per_batch(len(ids[0]))))
-    states_BLD = encoders.text.states(ids_BL)[: len(ids)].cpu()
-    return list(states_BLD.numpy().astype(np.float16))
+    return list(_to_half(encoders.text.states(ids_BL)[: len(ids)]))
+
+
+def require_finite_states(states_LD: NDArray[np.float16], caption: str) -> None:
+    """Raise BadInput, naming the caption, if its states are not finite."""
+    if not np.isfinite(states_LD).all():
+        raise BadInput(
+            "the text encoder gives states that are not finite for the caption "
+            f"{caption[:_QUOTED_CHARS]!r}. Check its weights (encoders.text.path)."
+        )
+
+
+def _to_half(values: torch.Tensor) -> NDArray[np.float16]:
+    # Clamping leaves NaN as it is, and would hide infinity.
+    fitting = values.clamp(-MAX_FLOAT16, MAX_FLOAT16).where(values.isfinite(), torch.nan)
+    halves: NDArray[np.float16] = fitting.half().cpu().numpy()
+    return halves
 
 
 def filled_up(items: Sequence[V], size: int) -> list[V]:

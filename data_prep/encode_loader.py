@@ -113,12 +113,27 @@ def _load(shard: Shard, row: int, boxes: Sequence[Box]) -> Loaded:
     height, width = bgr_HWC.shape[:2]
     box = nearest_box(boxes, width, height)
     covered = cover(bgr_HWC, box.width, box.height)
-    about = json.loads(shard.read(row, "json")) if "json" in extensions else {}
+    original_width, original_height = _original_size(shard, row) or (width, height)
     columns = {
         "bucket": str(box),
-        "original_width": about.get("original_width") or width,
-        "original_height": about.get("original_height") or height,
+        "original_width": original_width,
+        "original_height": original_height,
         "crop_top": covered.top,
         "crop_left": covered.left,
     }
     return Loaded(key, covered.rgb_HWC, shard.caption(row), columns)
+
+
+def _original_size(shard: Shard, row: int) -> tuple[int, int] | None:
+    """Read what a sample's json says of its size before it was stored; foreign ones may not."""
+    if "json" not in shard.extensions(row):
+        return None
+    try:
+        about = json.loads(shard.read(row, "json"))
+    except ValueError:
+        return None
+    names = ("original_width", "original_height")
+    match [about.get(name) for name in names] if isinstance(about, dict) else None:
+        case [width, height] if type(width) is type(height) is int and min(width, height) > 0:
+            return width, height
+    return None

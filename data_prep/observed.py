@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.config import EncodeConfig, PrepareConfig
 from trainer.frozen import thaw
-from trainer.observe.ledger import accounted
+from trainer.observe.ledger import Ledger, accounted
 from trainer.observe.sinks import Sinks
 from trainer.place import is_local, local_folder, put_bytes
 
@@ -17,9 +17,9 @@ LOG_EVERY_S = 5.0
 class RateLog:
     """Logs how much is done, at most every few seconds."""
 
-    def __init__(self, sinks: Sinks, *, every_s: float = LOG_EVERY_S) -> None:
+    def __init__(self, sinks: Sinks, ledger: Ledger, *, every_s: float = LOG_EVERY_S) -> None:
         """Start the clock."""
-        self._sinks, self._every_s = sinks, every_s
+        self._sinks, self._ledger, self._every_s = sinks, ledger, every_s
         self._started_s = self._logged_s = time.monotonic()
         self._row: dict[str, float] = {}
 
@@ -31,6 +31,8 @@ class RateLog:
             kept: Those of them that became samples.
         """
         now_s = time.monotonic()
+        if done == 0:  # workers are starting; their seconds say nothing about the rate
+            self._started_s = now_s
         self._row = {
             "step": done,
             "images_seen": kept,
@@ -42,9 +44,9 @@ class RateLog:
             self._sinks.log(self._row)
 
     def finish(self, more: Mapping[str, float]) -> None:
-        """Log the last totals, and `more`."""
+        """Log the last totals, `more`, and the seconds and joules of the stages so far."""
         if self._row:
-            self._sinks.log({**self._row, **more})
+            self._sinks.log({**self._row, **more, **self._ledger.spent()})
 
 
 @contextmanager
@@ -63,18 +65,18 @@ def observed(cfg: PrepareConfig | EncodeConfig, *, stage: str) -> Iterator[RateL
     folder.mkdir(parents=True, exist_ok=True)
     with accounted(
         cfg.dataset, stage=stage, part=part, tdp_w_per_core=cfg.tdp_w_per_core
-    ) as attempt:
+    ) as ledger:
         try:
             with Sinks.open(
                 folder,
-                attempt=attempt,
+                attempt=ledger.attempt,
                 total_steps=0,
                 config=thaw(cfg),
                 wandb=cfg.wandb,
                 project=cfg.wandb_project,
                 progress="quiet",
             ) as sinks:
-                yield RateLog(sinks)
+                yield RateLog(sinks, ledger)
         finally:
             if not is_local(cfg.dataset):
                 rows = (folder / "metrics.jsonl").read_bytes()

@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from data_prep.config import SourceConfig
+from data_prep.interrupts import sheltered
 from data_prep.scenes import caption, draw_scene, paint
 from trainer.errors import BadInput, BadWorld
 from trainer.observe.countdown import Countdown
@@ -70,8 +71,13 @@ def _paint_all(cfg: SourceConfig, folder: Path) -> list[Picture]:
     with Countdown("painting", cfg.num_pictures) as progress:
         if num_processes == 1:
             return list(_counted(map(paint_this, numbers), progress))
-        with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as executor:
-            return list(_counted(executor.map(paint_this, numbers, chunksize=16), progress))
+        executor = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
+        try:
+            with sheltered():
+                painted = executor.map(paint_this, numbers, chunksize=16)
+            return list(_counted(painted, progress))
+        finally:
+            executor.shutdown(cancel_futures=True)
 
 
 def _counted(pictures: Iterable[Picture], progress: Countdown) -> Iterator[Picture]:

@@ -11,7 +11,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,10 +132,7 @@ def read_generations(dataset: Path, *, first: int = 0) -> list[Generation]:
         except FileNotFoundError:
             break
         except ValidationError as error:
-            raise BadInput(
-                f"{path} is damaged ({error.errors()[0]['msg']}). Remove the folder "
-                f"{path.parent}: the same command plans again, and keeps what is downloaded."
-            ) from error
+            raise _damaged(path, error) from error
     return found
 
 
@@ -232,8 +228,8 @@ def make_plan(cfg: PrepareConfig, policy: Policy, scratch: Path) -> list[Generat
     part = cfg.part if cfg.parts > 1 else None
     with (
         accounted(cfg.dataset, stage="plan", part=part, tdp_w_per_core=cfg.tdp_w_per_core),
-        closing(
-            connect(scratch / "duckdb", memory_gb=cfg.plan_memory_gb, threads=cfg.num_processes)
+        connect(
+            scratch / "duckdb", memory_gb=cfg.plan_memory_gb, threads=cfg.num_processes
         ) as connection,
     ):
         added = _add_generation(connection, cfg, policy, files, generations)
@@ -249,11 +245,20 @@ def make_plan(cfg: PrepareConfig, policy: Policy, scratch: Path) -> list[Generat
 
 
 def _read_sources(dataset: Path) -> list[SourceFile]:
+    path = dataset / "plan" / _SOURCES
     try:
-        content = read_bytes(dataset / "plan" / _SOURCES)
+        return TypeAdapter(list[SourceFile]).validate_json(read_bytes(path))
     except FileNotFoundError:
         return []
-    return TypeAdapter(list[SourceFile]).validate_json(content)
+    except ValidationError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: ValidationError) -> BadInput:
+    return BadInput(
+        f"{path} is damaged ({error.errors()[0]['msg']}). Remove the folder {path.parent}: the "
+        "same command plans again, and keeps what is downloaded."
+    )
 
 
 def _add_generation(

@@ -1,21 +1,25 @@
 """Worker processes for units that stop at once when the command stops, however it stops."""
 
+import json
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
 from typing import TypeVar
 
 from data_prep.config import PrepareConfig
+from data_prep.interrupts import sheltered
 from data_prep.plan import Unit
-from data_prep.publish import Systemic, UnitRecord, publish_unit
-from trainer.errors import BadWorld
-from trainer.place import storage_errors
+from data_prep.publish import Systemic, UnitRecord, publish_unit, status_path
+from trainer.data.publish import publish_json
+from trainer.errors import BadInput, BadWorld
+from trainer.place import read_bytes, storage_errors
 
 Result = tuple[Unit, UnitRecord | Systemic]
 Counts = tuple["Synchronized[int]", "Synchronized[int]"]
@@ -55,7 +59,8 @@ def run_units(
     try:
         while True:
             while len(waiting) < 2 * num_processes and (unit := next(left, None)) is not None:
-                waiting[executor.submit(_publish, unit, cfg, rules_sha256)] = unit
+                with sheltered():  # this may start a worker
+                    waiting[executor.submit(_publish, unit, cfg, rules_sha256)] = unit
             if not waiting:
                 return
             done, _ = wait(waiting, timeout=_REFRESH_S, return_when=FIRST_COMPLETED)
@@ -72,12 +77,22 @@ def run_units(
         held.close()
         executor.shutdown(wait=True, cancel_futures=True)
         alive.close()
+        for unit in waiting.values():
+            _mark_interrupted(unit, cfg.dataset)
+
+
+def _mark_interrupted(unit: Unit, dataset: Path) -> None:
+    """Say in the status of a unit whose worker was stopped that nobody is at it any more."""
+    path = status_path(dataset, unit.name)
+    with suppress(OSError, BadInput, BadWorld, ValueError), storage_errors(dataset):
+        status = json.loads(read_bytes(path))
+        if status["state"] == "running":
+            publish_json(path, status | {"state": "interrupted"})
 
 
 def _start_worker(alive: Connection, counts: Counts) -> None:
     global _worker_counts  # noqa: PLW0603 - the only way from an initializer to the tasks
     _worker_counts = counts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     threading.Thread(target=_die_with_parent, args=(alive,), daemon=True).start()
 
 

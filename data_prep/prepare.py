@@ -318,7 +318,9 @@ def _leftovers(dataset: Path, units: list[Unit]) -> list[str]:
 
 
 @contextmanager
-def locked(dataset: Path, name: str = ".lock", *, wait: bool = False) -> Iterator[None]:
+def locked(
+    dataset: Path, name: str = ".lock", *, wait: bool = False, make: bool = True
+) -> Iterator[None]:
     """Keep other commands out of the dataset; the lock ends with the process.
 
     A remote dataset is locked on this machine only. `parts=` and `part=` keep machines apart; what
@@ -328,13 +330,29 @@ def locked(dataset: Path, name: str = ".lock", *, wait: bool = False) -> Iterato
         dataset: The folder or URL.
         name: Which of its locks.
         wait: Wait for the others, instead of raising.
+        make: Make the folder, if there is none.
+
+    Raises:
+        BadInput: It is no folder, or one that this user may not write to.
+        BadWorld: Another command is at work there.
     """
     folder = dataset if is_local(dataset) else local_folder(dataset)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        elif not folder.exists():
+            raise BadInput(f"{dataset} is not there. Give a dataset= that `kiln prepare` made.")
+        lock = (folder / name).open("w")
     except (FileExistsError, NotADirectoryError) as error:
         raise BadInput(f"dataset={dataset} is a file, need a folder.") from error
-    with (folder / name).open("w") as file:
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise BadInput(
+            f"dataset={dataset} cannot be written to ({error}). Give a folder that is there, or "
+            "can be made, and that you may write to."
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:

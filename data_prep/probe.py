@@ -111,8 +111,22 @@ def print_costs(
     console.print(
         "Encoding once takes the time of one epoch of recomputing: the cache pays from the second "
         f"epoch on, if there is room for it. Each GB of it saves {saved_s:,.0f} s of {device} "
-        "time per epoch. `kiln train` reads latents from the cache alone.",
+        "time per epoch. `kiln train` reads latents from the cache alone. Decision: "
+        + (no_room(found, todo, free_bytes) or "cache."),
         highlight=False,
+    )
+
+
+def no_room(found: Probe, todo: Sequence[ShardEntry], free_bytes: int | None) -> str | None:
+    """Say by how much the cache of these shards does not fit; None if it does, or nobody knows."""
+    num_todo = sum(shard.count for shard in todo)
+    needed_bytes = num_todo * found.sample_bytes
+    if free_bytes is None or needed_bytes <= free_bytes:
+        return None
+    return (
+        f"no cache, for the latents of {num_todo:,} images take {_gb(needed_bytes)}, and "
+        f"{_gb(free_bytes)} are free where the dataset lies. Make room, move the dataset to a "
+        "larger disk, or give a smaller encoders.image_side_px; probe_s=0 goes on all the same."
     )
 
 
@@ -165,6 +179,8 @@ def _tar_bytes(content: bytes) -> int:
 
 
 def _gb(num_bytes: float) -> str:
+    if num_bytes < 1e9:
+        return f"{num_bytes / 1e6:,.3f} MB"
     return f"{num_bytes / 1e9:,.3f} GB" if num_bytes < 1e10 else f"{num_bytes / 1e9:,.0f} GB"
 
 

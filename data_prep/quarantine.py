@@ -143,7 +143,7 @@ def write_quarantine(path: Path, rows: Iterable[Rejected]) -> str:
 
 def read_quarantine(path: Path) -> Iterator[Rejected]:
     """Read a file that `write_quarantine` wrote."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield Rejected(**json.loads(line))

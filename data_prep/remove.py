@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 def run(cfg: RemoveConfig) -> int:
     """Remove what is there of what was asked, print the proof; 1 if something was not found."""
     asked = read_asked(cfg)
-    with storage(cfg.dataset), locked(cfg.dataset):
+    with storage(cfg.dataset), locked(cfg.dataset, make=False):
         before = load_manifest(cfg.dataset)
         search = Search(cfg.dataset, before, asked)
         samples = search.results()
@@ -81,18 +81,22 @@ def run(cfg: RemoveConfig) -> int:
         after = before if cfg.dry_run else _remove(cfg, before, samples)
     _print(samples, missing)
     if cfg.proof:
-        publish_json(
-            cfg.proof,
-            {
-                "dataset": str(cfg.dataset),
-                "why": cfg.why,
-                "fingerprint_before": before.fingerprint,
-                "fingerprint_after": after.fingerprint,
-                "removal_version": after.removal_version,
-                "samples": [asdict(sample) for sample in samples],
-                "not_found": [asdict(one) for one in missing],
-            },
-        )
+        proof = {
+            "dataset": str(cfg.dataset),
+            "why": cfg.why,
+            "fingerprint_before": before.fingerprint,
+            "fingerprint_after": after.fingerprint,
+            "removal_version": after.removal_version,
+            "samples": [asdict(sample) for sample in samples],
+            "not_found": [asdict(one) for one in missing],
+        }
+        try:
+            publish_json(cfg.proof, proof)
+        except OSError as error:
+            raise BadInput(
+                f"proof={cfg.proof} cannot be written ({error}), but everything else is done. Give "
+                "the command again with another proof=."
+            ) from error
     say(_summary(cfg, before, after, samples))
     return 1 if missing else 0
 

@@ -1,7 +1,11 @@
 """Read rows of image-text metadata with DuckDB: any number of parquet, csv or jsonl files."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+import signal
+import socket
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -122,22 +126,58 @@ def _kind(name: str) -> str:
     return PurePosixPath(path.stem).suffix if path.suffix in _PACKED else path.suffix
 
 
-def connect(scratch: Path, *, memory_gb: float, threads: int) -> duckdb.DuckDBPyConnection:
-    """Open DuckDB in memory, with a limit; what does not fit is spilled to `scratch`."""
+@contextmanager
+def connect(
+    scratch: Path, *, memory_gb: float, threads: int
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open DuckDB in memory, with a limit; what does not fit is spilled to `scratch`.
+
+    For the main thread only. Ctrl-C ends a query.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
-    connection = duckdb.connect(
-        config={
-            "memory_limit": f"{memory_gb}GB",
-            "threads": threads,
-            "temp_directory": str(scratch),
-            # Neither code nor settings from outside.
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-        }
-    )
-    connection.execute("SET enable_progress_bar = false")  # it would write into our output
-    connection.create_function(_URL_HOST, _url_host, ["VARCHAR"], "VARCHAR")
-    return connection
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": f"{memory_gb}GB",
+        "threads": threads,
+        "temp_directory": str(scratch),
+        # Neither code nor settings from outside.
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+    with closing(duckdb.connect(config=config)) as connection:
+        connection.execute("SET enable_progress_bar = false")  # it would write into our output
+        connection.create_function(_URL_HOST, _url_host, ["VARCHAR"], "VARCHAR")
+        with interruptible(connection):
+            yield connection
+
+
+@contextmanager
+def interruptible(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Let Ctrl-C end a query in a moment, as the KeyboardInterrupt that it is.
+
+    DuckDB by itself looks for it between steps that take seconds, and makes errors of its own.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        while number := reader.recv(1):
+            if number[0] == signal.SIGINT:
+                connection.interrupt()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    except (RuntimeError, duckdb.InterruptException) as error:
+        if "interrupted" not in str(error).lower():
+            raise
+        raise KeyboardInterrupt from error
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+        watcher.join()
+        reader.close()
 
 
 def open_source(

@@ -205,14 +205,19 @@ def _shape(
     """The shape that covers the part best, or None where none covers it well.
 
     How much of the thing a pixel holds is its position between the two colours, so that soft
-    edges count for what they are.
+    edges count for what they are. A part that is too small for any template, or so mottled that
+    its median colour is the ground's, has no shape.
     """
     axis = colour - ground
+    if not axis.any():
+        return None
     cover = np.clip((pixels - ground) @ axis / float(axis @ axis), 0, 1)
     cover *= cv2.dilate(part.astype(np.uint8), np.ones((3, 3), np.uint8))
     mask = _normal(cover.astype(np.float32))
+    if mask is None:
+        return None
     matches = [(_overlap(mask, template), name) for name, template in _templates(radius_px)]
-    best, name = max(matches)
+    best, name = max(matches, default=(0.0, None))
     return name if best >= MIN_MATCH else None
 
 
@@ -220,8 +225,13 @@ def _overlap(a: Floats, b: Floats) -> float:
     return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())
 
 
-def _normal(cover: Floats) -> Floats:
-    """Move and scale a cover to fill TEMPLATE_PX by TEMPLATE_PX, its sides at half cover."""
+def _normal(cover: Floats) -> Floats | None:
+    """Move and scale a cover to fill TEMPLATE_PX by TEMPLATE_PX, its sides at half cover.
+
+    None where no pixel is half covered.
+    """
+    if cover.max() < 0.5:
+        return None
     edges = []
     for line in (cover.max(axis=0), cover.max(axis=1)):
         inside = np.flatnonzero(line >= 0.5)
@@ -240,7 +250,10 @@ def _normal(cover: Floats) -> Floats:
 
 @functools.cache
 def _templates(radius_px: int) -> list[tuple[str, Floats]]:
-    """Every shape painted at a radius, sharp and as soft as an autoencoder leaves it."""
+    """Every shape painted at a radius, sharp and as soft as an autoencoder leaves it.
+
+    None at two pixels and less, where blur leaves nothing of some of them.
+    """
     found = []
     for shape in SHAPES:
         canvas = Image.new("L", (SIDE_PX * 8, SIDE_PX * 8), 0)
@@ -248,7 +261,10 @@ def _templates(radius_px: int) -> list[tuple[str, Floats]]:
         draw_shape(ImageDraw.Draw(canvas), shape, (middle, middle), radius_px * 8, 255, 0)
         sharp = np.asarray(canvas.reduce(8), np.float32) / np.float32(255)
         soft = np.asarray(cv2.GaussianBlur(sharp, (0, 0), SOFT_PX), np.float32)
-        found += [(shape, _normal(sharp)), (shape, _normal(soft))]
+        for cover in map(_normal, (sharp, soft)):
+            if cover is None:
+                return []
+            found.append((shape, cover))
     return found
 
 

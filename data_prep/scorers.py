@@ -1,6 +1,7 @@
 """Score pictures in batches with the scorers that are on, and say which ones to reject."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -104,7 +105,9 @@ class Limit:
     high: float | None = None
 
     def problem(self, score: float) -> str | None:
-        """Say how a score is beyond the limit, or None; a score that is no number is beyond it."""
+        """Say how a score is beyond the limit, or None; one that is not finite is beyond any."""
+        if not math.isfinite(score):
+            return f"{self.column} = {score}, not finite"
         if self.low is not None and not score >= self.low:
             return f"{self.column} = {score}, below {self.low}"
         if self.high is not None and not score <= self.high:

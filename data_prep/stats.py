@@ -26,6 +26,7 @@ from trainer.data.manifest import (
 from trainer.data.publish import publish_bytes, publish_json
 from trainer.data.shards import read_index
 from trainer.data.tombstones import read_row_weights
+from trainer.errors import BadInput
 from trainer.observe.charts import bar_chart
 from trainer.observe.countdown import Countdown
 from trainer.observe.html import Html, cards, page, tag
@@ -97,10 +98,12 @@ def _run(cfg: StatsConfig) -> int:
         progress.finish()
     _print(stats)
     path = cfg.out or cfg.dataset / PAGE
-    publish_bytes(path, render(stats).encode())
-    publish_json(
-        path.with_suffix(".json"), {name: getattr(stats, name) for name in Stats.__slots__}
-    )
+    numbers = {name: getattr(stats, name) for name in Stats.__slots__}
+    try:
+        publish_bytes(path, render(stats).encode())
+        publish_json(path.with_suffix(".json"), numbers)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error}). Give another one: out=...") from error
     say(f"{path} has the same as a page, {path.with_suffix('.json')} as numbers.")
     return 0
 

@@ -14,6 +14,14 @@ from rich.table import Table
 from data_prep.config import VerifyConfig
 from data_prep.prepare import print_yield
 from data_prep.quarantine import Reason, read_quarantine
+from data_prep.verify_records import (
+    REPAIR,
+    REPAIR_PLAN,
+    foreign_files,
+    record_problems,
+    sidecar_problems,
+    state_problems,
+)
 from trainer.command import run_command
 from trainer.data.index import Window, scan_foreign, with_prefix
 from trainer.data.manifest import (
@@ -26,6 +34,7 @@ from trainer.data.manifest import (
     list_encodings,
     load_manifest,
 )
+from trainer.data.null_text import read_null_text
 from trainer.data.publish import file_sha256
 from trainer.data.shards import Shard, key_ids, read_index
 from trainer.data.tombstones import (
@@ -42,7 +51,6 @@ from trainer.errors import BadInput
 from trainer.observe.countdown import Countdown
 from trainer.place import open_sparsely, storage
 
-REPAIR = "Give its `kiln prepare` command again with recheck=hashes: it replaces what is wrong."
 REPAIR_INDEX = (
     "Its tar is not Kiln's: put it back as it was, or give the `kiln index` command again."
 )
@@ -74,9 +82,22 @@ def _run(cfg: VerifyConfig) -> int:
     problems += repeated_keys(keys)
     problems += weight_problems(cfg.dataset, manifest, keys)
     problems += quarantine_problems(cfg.dataset, manifest)
-    for fingerprint, found in encoding_problems(cfg.dataset, manifest, keys):
-        num_read[f"encoding {fingerprint[:12]}"] += 1
-        problems += found
+    problems += record_problems(cfg.dataset, manifest)
+    problems += state_problems(cfg.dataset, manifest)
+    try:
+        encodings = list_encodings(cfg.dataset)
+        for fingerprint, found in encoding_problems(cfg.dataset, manifest, keys):
+            num_read[f"encoding {fingerprint[:12]}"] += 1
+            problems += found
+    except BadInput as error:
+        problems.append(str(error))
+        encodings = []
+    for folder in sorted(cfg.dataset.glob("encodings/*/index")):
+        if not (folder.parent / ENCODING).exists():
+            num_read[f"encoding {folder.parent.name[:12]}, unfinished"] = 0
+    for encoding in encodings:
+        problems += sidecar_problems(cfg.dataset, encoding)
+    problems += foreign_files(cfg.dataset, manifest, encodings)
     print_yield(manifest)
     _print_read(cfg.dataset, num_read, problems)
     return 1 if problems else 0
@@ -124,6 +145,8 @@ def shard_problems(
                 yield from image_problems(shard, index, repair=repair)
     except BadInput as error:
         yield str(error)
+    except (KeyError, ValueError, TypeError) as error:  # a readable index of another table
+        yield f"{index_path} is no index of {tar} ({error!r}). {repair}"
 
 
 def scan_like(entry: ShardEntry, shard: Shard, *, repair: str) -> tuple[pa.Table, str]:
@@ -139,7 +162,11 @@ def scan_like(entry: ShardEntry, shard: Shard, *, repair: str) -> tuple[pa.Table
 def image_problems(shard: Shard, index: pa.Table, *, repair: str) -> Iterator[str]:
     """Compare the stored pictures with their hashes in the index."""
     for row, expected in enumerate(index["image_sha256"].to_pylist()):
-        (extension,) = set(shard.extensions(row)) - {"json", "txt"}
+        pictures = set(shard.extensions(row)) - {"json", "txt"}
+        if len(pictures) != 1:
+            yield f"{shard.path}: {shard.keys[row]} has {len(pictures)} pictures. {repair}"
+            continue
+        (extension,) = pictures
         if hashlib.sha256(shard.read(row, extension)).hexdigest() != expected:
             key = shard.keys[row]
             yield f"{shard.path}: {key}.{extension} is not what the index says. {repair}"
@@ -157,8 +184,11 @@ def quarantine_problems(dataset: Path, manifest: Manifest) -> Iterator[str]:
     """Compare the quarantine files with the manifest: rows in == kept + rejected."""
     counts: Counter[str] = Counter()
     for path in sorted((dataset / "quarantine").glob("plan-*.parquet")):
-        with open_sparsely(path) as file:
-            counts.update(pq.read_table(file, columns=["reason"])["reason"].to_pylist())
+        try:
+            with open_sparsely(path) as file:
+                counts.update(pq.read_table(file, columns=["reason"])["reason"].to_pylist())
+        except (pa.ArrowInvalid, OSError) as error:
+            yield f"{path} is no readable parquet file ({error}). {REPAIR_PLAN}"
     for path in sorted((dataset / "quarantine").glob("*.jsonl")):
         try:
             counts.update(row.reason for row in read_quarantine(path))
@@ -230,6 +260,10 @@ def encoding_problems(
         found: list[str] = []
         if encoding.dataset_fingerprint != manifest.shards_fingerprint:
             found.append(f"{folder} was made from another state of the dataset. {REPAIR_ENCODING}")
+        try:
+            read_null_text(folder, sha256=encoding.facts.get("null_text_sha256"))
+        except BadInput as error:
+            found.append(str(error))
         encoded: dict[str, list[str]] = {}
         for place, entry in enumerate(encoding.shards):
             found += shard_problems(folder, entry, encoded, repair=REPAIR_ENCODING)

@@ -3,10 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +17,7 @@ from trainer.config import (
     VpConfig,
 )
 from trainer.data.manifest import encoding_folder
+from trainer.data.null_text import read_null_text
 from trainer.data.opening import Dataset
 from trainer.datasets import find_datasets
 from trainer.diffusion.process import Process, RectifiedFlow, VpScaledLinear
@@ -27,7 +26,6 @@ from trainer.loop import Objective, Parts, Progress
 from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
 from trainer.objectives import LatentObjective, ReconstructionObjective
-from trainer.place import read_bytes
 from trainer.plan import Plan
 from trainer.runtime.checkpoint import TrainState, load, newest_valid, read_state
 from trainer.runtime.comm import Comm
@@ -187,14 +185,13 @@ def _second_stage(cfg: TrainConfig, dataset: Dataset, comm: Comm) -> tuple[Objec
     def numbers(values: list[float]) -> Tensor:
         return torch.tensor(values, device=comm.device)
 
-    null_text_file = encoding_folder(dataset.folder, encoding.fingerprint) / "null_text.npy"
-    null_text = np.load(BytesIO(read_bytes(null_text_file)), allow_pickle=False)
+    null_text_LD = read_null_text(encoding_folder(dataset.folder, encoding.fingerprint))
     objective = LatentObjective(
         build_process(cfg.objective),
         seed=cfg.seed,
         latent_mean_C=numbers(encoding.facts["latent_mean"]),
         latent_std_C=numbers(encoding.facts["latent_std"]),
-        null_text_LD=torch.from_numpy(null_text).float().to(comm.device),
+        null_text_LD=torch.from_numpy(null_text_LD).float().to(comm.device),
         caption_dropout=cfg.objective.caption_dropout,
     )
     return objective, encoding.fingerprint

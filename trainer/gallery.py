@@ -102,11 +102,7 @@ def dataset_pictures(
     entry = manifest.shards[0]
     with Shard(entry.tar(dataset), read_index(entry.index(dataset))) as shard:
         rows = np.linspace(0, entry.count - 1, min(count, entry.count)).astype(int).tolist()
-        return [(_caption(shard, row), _picture(shard, row, side_px)) for row in rows]
-
-
-def _caption(shard: Shard, row: int) -> str:
-    return shard.caption(row)
+        return [(shard.caption(row), _picture(shard, row, side_px)) for row in rows]
 
 
 def _picture(shard: Shard, row: int, side_px: int) -> Pixels:

@@ -6,7 +6,6 @@ width of a text state.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from trainer.build import build_process
 from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
 from trainer.config_tools import SamplingConfig
 from trainer.data.manifest import encoding_folder, load_manifest
+from trainer.data.null_text import read_null_text
 from trainer.diffusion import philox
 from trainer.diffusion.guidance import classifier_free
 from trainer.diffusion.process import Process
@@ -30,7 +30,7 @@ from trainer.models.denoisers import build_denoiser
 from trainer.models.loading import load_weights
 from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
-from trainer.place import place, read_bytes
+from trainer.place import place
 from trainer.runtime.checkpoint import TrainState, read_ema
 
 Pixels = NDArray[np.uint8]
@@ -175,7 +175,7 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
     model = build_denoiser(cfg.model)
     load_weights(model, weights, source=str(run))
     where = torch.device(device)
-    null_text = encoding_folder(dataset, encoding.fingerprint) / "null_text.npy"
+    null_text_LD = read_null_text(encoding_folder(dataset, encoding.fingerprint))
     channels, height, width = encoding.facts["latent_shape"]
     return Sampler(
         cfg=cfg,
@@ -184,9 +184,7 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
         process=build_process(cfg.objective),
         autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(where),
         text=load_text_encoder(cfg.encoders.text).to(where),
-        null_text_LD=torch.from_numpy(
-            np.load(BytesIO(read_bytes(null_text)), allow_pickle=False)
-        ).float(),
+        null_text_LD=torch.from_numpy(null_text_LD).float(),
         latent_mean_C=torch.tensor(encoding.facts["latent_mean"], device=where),
         latent_std_C=torch.tensor(encoding.facts["latent_std"], device=where),
         latent_shape=(channels, height, width),

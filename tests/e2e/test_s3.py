@@ -10,12 +10,14 @@ import psutil
 import pytest
 
 from data_prep.serve import serving
+from tests.e2e.conftest import SMALL_NETWORK
 from tests.s3_server import BUCKET, S3Server, needs_s3
 from tests.streams import latents, load, pictures
 from tests.tiny_source import make_source, prepare_cfg, prepare_overrides, publish_here, tree_hashes
 from trainer.data.manifest import load_manifest
 from trainer.data.publish import publish_bytes
 from trainer.errors import BadInput, BadWorld
+from trainer.observe.jsonl import read_rows
 from trainer.place import place, storage
 
 S3FileSystem = pytest.importorskip("s3fs").S3FileSystem
@@ -174,6 +176,32 @@ def test_encodings_in_a_bucket_are_those_of_a_folder_and_can_be_read(
     assert remote_latents.text_BLD.equal(local_latents.text_BLD)
     said = finish(start(server, tmp_path, "encode", f"dataset={URL}", "encoders.image_side_px=32"))
     assert "nothing to do" in said
+    # Training: by ranges, through a cache, and from the folder.
+    learned = []
+    for name, dataset, more in (
+        ("ranges", URL, ["data.order=ranges"]),
+        ("local", local, ["data.order=ranges"]),
+        ("cache", URL, [f"data.cache={tmp_path}/cache", "data.cache_gb=1"]),
+        ("shards", local, []),
+    ):
+        run = tmp_path / name
+        small = ["encoders.image_side_px=32", "model.latent_side=8", "total_images=24"]
+        finish(
+            start(
+                server,
+                tmp_path,
+                "train",
+                f"data.dataset={dataset}",
+                f"run={run}",
+                *SMALL_NETWORK,
+                *small,
+                *more,
+            )
+        )
+        learned.append([row["train/loss"] for row in read_rows(run / "metrics.jsonl")])
+    assert learned[0] == learned[1]
+    assert learned[2] == learned[3] != learned[0]
+    assert len(list((tmp_path / "cache").iterdir())) > 1
 
 
 @pytest.fixture

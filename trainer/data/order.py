@@ -143,10 +143,7 @@ class Order:
         return shards
 
     def _epoch(self, epoch: int) -> Epoch:
-        numbers = np.arange(len(self.counts), dtype=np.uint64)
-        shards = np.argsort(_mix(numbers, _keys(f"{self._key}:{epoch}:shards")[0]), kind="stable")
-        turns = np.empty_like(shards)
-        turns[shards] = np.arange(len(shards))
+        shards, turns = _permuted_shards(f"{self._key}:{epoch}:shards", len(self.counts))
         return Epoch(shards, np.cumsum(self.counts[shards]), turns)
 
     def _rows(self, places: Int64s, epoch: int) -> Int64s:
@@ -207,6 +204,16 @@ class Order:
 
     def _rows_in(self, first: Int64s) -> Int64s:
         return np.minimum(self._window, self.num_rows - first)
+
+
+@lru_cache(maxsize=8)
+def _permuted_shards(text: str, num_shards: int) -> tuple[Int64s, Int64s]:
+    """Permute the shards, and give the inverse; the orders of all buckets share it."""
+    draws = _mix(np.arange(num_shards, dtype=np.uint64), _keys(text)[0])
+    shards = np.argsort(draws, kind="stable")
+    turns = np.empty_like(shards)
+    turns[shards] = np.arange(num_shards)
+    return shards, turns
 
 
 @lru_cache(maxsize=64)

@@ -125,8 +125,12 @@ def _with_pillow(opened: Image.Image) -> NDArray[Any]:
         truncated = "truncated" in str(error)
         raise Undecodable(f"{opened.format}: {error}", truncated=truncated) from error
     if opened.mode.startswith("I;16"):
-        grey_HW = (np.asarray(opened) >> 8).astype(np.uint8)
-        return np.repeat(grey_HW[..., None], 3, axis=2)
+        values_HW = np.asarray(opened)
+        pixels = np.repeat((values_HW >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        if "transparency" not in opened.info:
+            return pixels
+        alpha_HW = np.where(values_HW == opened.info["transparency"], 0, 255).astype(np.uint8)
+        return np.dstack([pixels, alpha_HW])
     if opened.mode in {"I", "F"}:
         raise Undecodable(f"values of mode {opened.mode} have no known range")
     if opened.has_transparency_data:

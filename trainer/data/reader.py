@@ -83,16 +83,18 @@ class OpenShard:
         """Sample id of each row."""
         return key_ids(self._index["key"].to_pylist())
 
+    def rows_of(self, bucket: str) -> Int64s:
+        """List the live rows of a bucket, in order; an index without buckets has only one."""
+        return self._by_bucket[bucket] if self._by_bucket else self._live
+
     @cached_property
-    def rows(self) -> Mapping[str, Int64s]:
-        """Bucket -> its rows, in order."""
-        found = {ANY: self._live}
-        if "bucket" in self._index.column_names:
-            buckets = self._index["bucket"].combine_chunks().dictionary_encode()
-            numbers = buckets.indices.to_numpy()[self._live]
-            for number, name in enumerate(buckets.dictionary.to_pylist()):
-                found[name] = self._live[numbers == number]
-        return found
+    def _by_bucket(self) -> Mapping[str, Int64s]:
+        if "bucket" not in self._index.column_names:
+            return {}
+        buckets = self._index["bucket"].combine_chunks().dictionary_encode()
+        numbers = buckets.indices.to_numpy()[self._live]
+        names = enumerate(buckets.dictionary.to_pylist())
+        return {name: self._live[numbers == number] for number, name in names}
 
     def key(self, row: int) -> str:
         """Name a row."""
@@ -264,7 +266,7 @@ class Reader:
             shard = self.opened(number)
         except BadData as error:
             return error
-        return Place(shard, int(shard.rows[bucket][row]))
+        return Place(shard, int(shard.rows_of(bucket)[row]))
 
     def _open_shard(self, entry: ShardEntry) -> OpenShard:
         tar = entry.tar(self.folder)

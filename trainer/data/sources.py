@@ -74,11 +74,7 @@ class Samples:
     """The datasets of a stream, and what becomes of samples that cannot be read."""
 
     def __init__(self, law: Law, readers: Sequence[Reader], quarantine: Quarantine) -> None:
-        """Take a reader for each member of the law.
-
-        Raises:
-            BadInput: Nothing is left of them.
-        """
+        """Take a reader for each member of the law, and where bad samples are counted."""
         self.law, self.readers, self._quarantine = law, tuple(readers), quarantine
         # Remote and not cached, all the time goes into waiting for answers.
         waits = any(r.cache is None and not is_local(r.entries[0].tar(r.folder)) for r in readers)
@@ -259,7 +255,7 @@ class PictureSource:
             row, shard = place.row, place.shard
             extension = next((ext for ext in PICTURES if shard.size_bytes(row, ext) >= 0), "jpg")
             content, name = shard.read(row, extension), shard.name(row, extension)
-            pictures_BHWC[number] = decode_square(content, side_px, name=name)
+            decode_square(content, side_px, name=name, out=pictures_BHWC[number])
 
         places = self.samples.read(slots, read)
         pictures = torch.from_numpy(pictures_BHWC).to(self._device)

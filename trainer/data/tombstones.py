@@ -230,7 +230,12 @@ def save_state(dataset: Path, manifest: Manifest, *, why: str, parent: str | Non
     """
     path = dataset / HISTORY
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    states = [json.loads(line) for line in text.splitlines()]
+    try:
+        states = [json.loads(line) for line in text.splitlines()]
+    except json.JSONDecodeError as error:
+        raise BadInput(
+            f"{path} is damaged ({error}): put it back from a copy, or remove the wrong line."
+        ) from error
     state = {
         "fingerprint": manifest.fingerprint,
         "why": why,

@@ -145,6 +145,15 @@ class Ledger:
             self._read_joules()
             self._write(closed=False)
 
+    def spent(self) -> dict[str, float]:
+        """Give `seconds/STAGE` and `joules/STAGE` of all that the account has so far."""
+        self.flush()
+        spent: defaultdict[str, float] = defaultdict(float)
+        for row in read_rows(self._file.path):
+            for kind in ("seconds", "joules"):
+                spent[f"{kind}/{row['stage']}"] += row[kind]
+        return dict(spent)
+
     def close(self) -> None:
         """Write the rest and mark the attempt as properly ended; again: does nothing."""
         self._stop.set()
@@ -252,7 +261,7 @@ def _killed_row(rows: Sequence[dict[str, Any]], *, before_unix_s: float) -> dict
 @contextmanager
 def accounted(
     folder: Path, *, stage: str, tdp_w_per_core: float, part: int | None = None
-) -> Iterator[int]:
+) -> Iterator[Ledger]:
     """Count the seconds and joules of a command without steps into the account of a dataset.
 
     Args:
@@ -262,7 +271,7 @@ def accounted(
         part: Which task of an array this is; parts write files of their own, as ranks.
 
     Yields:
-        The number of this attempt.
+        The open account.
     """
     meters = open_meters(tdp_w_per_core=tdp_w_per_core)
     path = _account_path(folder, stage, part)
@@ -271,7 +280,7 @@ def accounted(
     ledger = Ledger(path, stage=stage, attempt=following, rank=part or 0, meters=meters)
     ledger.switch("productive")
     try:
-        yield ledger.attempt
+        yield ledger
     finally:
         try:
             ledger.close()

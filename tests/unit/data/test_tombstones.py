@@ -210,6 +210,11 @@ def test_history_says_where_each_state_came_from(dataset):
     assert [line["rows_removed"] for line in lines] == [1, 2]
     assert [line["removal_version"] for line in lines] == [1, 2]
 
+    with (dataset / "history.jsonl").open("a") as file:
+        file.write("{")
+    with pytest.raises(BadInput, match=r"history\.jsonl is damaged .*from a copy"):
+        save_state(dataset, load_manifest(dataset), why="a test")
+
 
 def test_weights_reach_the_batch_and_removal_wins(dataset):
     keys = keys_of(dataset)

@@ -33,6 +33,8 @@ def cfg(**changes):
         ("\ud800lone", "lone"),
         ("a &#0000000065; &#" + "9" * 5000 + "; b", "a A \ufffd b"),
         ("&amp;#" + "9" * 5000, "\ufffd"),
+        ("\u200d \u200c\u200d", ""),
+        ("\u200ca red bus \u200d", "a red bus"),
         ("\u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f680",) * 2,
     ],
 )

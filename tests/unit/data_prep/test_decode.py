@@ -312,6 +312,17 @@ def test_sixteen_bits_become_eight_in_colour_and_with_alpha():
         assert (pixels == SMOOTH[..., ::-1]).all()
 
 
+def test_a_transparent_grey_of_sixteen_bits_shows_the_background():
+    grey = SMOOTH[..., 0].astype(np.uint16) * 257
+    grey[:, :30] = 1000
+    grey[:, 30] = 1001  # of the same upper byte
+    body = cv2.imencode(".png", grey)[1].tobytes()
+    body = body[:33] + png_chunk(b"tRNS", struct.pack(">H", 1000)) + body[33:]
+    pixels, _ = stored(body, "background_rgb=[9,8,7]")
+    assert (pixels[:, :30] == (9, 8, 7)).all()
+    assert (pixels[:, 30:] == (grey[:, 30:, None] >> 8)).all()
+
+
 def test_values_without_a_range_are_refused():
     body = encoded("TIFF", Image.fromarray(np.random.default_rng(0).random((40, 60), np.float32)))
     assert problem(body) == Reason.UNDECODABLE

@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.config import VerifyConfig
-from data_prep.config_curate import DedupConfig
+from data_prep.config_curate import DedupConfig, RemoveConfig
 from data_prep.dedup import run
+from data_prep.remove import run as remove
 from data_prep.verify import run as verify
 from tests.curated_dataset import dataset_of, sample
 from tests.streams import ids, load, pictures, size
@@ -35,6 +36,11 @@ def shards():
 
 def key(*args, **options):
     return int(sample(*args, **options).key, 16)
+
+
+def take_out(dataset, gone):
+    words = [f"dataset={dataset}", f"keys=['{gone.key}']", "why=asked"]
+    assert remove(compose(RemoveConfig, "remove", words)) == 0
 
 
 DOOMED = {key(1), key(1, quality=60), key(2, "two")}
@@ -94,6 +100,30 @@ def test_a_second_time_there_is_nothing_to_do(dataset, capsys, outcome):
     assert found[outcome] in said
     assert "Nothing to do; the fingerprint stays" in said
     assert tree_hashes(dataset) == once
+
+
+@pytest.mark.parametrize("outcome", ["remove", "weight"])
+def test_killed_before_the_manifest_the_same_command_again_finishes(dataset, tmp_path, outcome):
+    """It had changed the weights of a shard that had some, and all else but the manifest."""
+    whole = shutil.copytree(dataset, tmp_path / "whole")
+    for folder in (dataset, whole):
+        take_out(folder, sample(3))
+    before = (dataset / "manifest.json").read_bytes()
+    for folder in (dataset, whole):
+        assert run(config(folder, f"outcome={outcome}")) == 0
+    (dataset / "manifest.json").write_bytes(before)
+    assert run(config(dataset, f"outcome={outcome}")) == 0
+    assert load_manifest(dataset) == load_manifest(whole)
+    assert verify(VerifyConfig(dataset=dataset)) == 0
+
+
+def test_after_a_removal_the_weights_of_a_cluster_are_shared_anew(dataset):
+    assert run(config(dataset, "outcome=weight")) == 0
+    take_out(dataset, sample(1, quality=60))
+    assert run(config(dataset, "outcome=weight")) == 0
+    _, weights_B = live_keys(dataset)
+    assert sorted(weights_B.tolist()) == [0.5] * 4 + [1.0] * 6
+    assert verify(VerifyConfig(dataset=dataset)) == 0
 
 
 def test_the_order_of_the_shards_and_the_threads_change_nothing(dataset, tmp_path):
@@ -189,6 +219,25 @@ def test_the_page_shows_the_clusters_and_escapes_what_captions_say(tmp_path):
     assert sample(1, script).key in html
     assert sample(2).key not in html
     assert not re.search(r"(?:src|href)=\"(?!data:)", html)
+
+
+def test_a_scratch_folder_is_made_and_left_empty(dataset, tmp_path):
+    assert run(config(dataset, f"scratch={tmp_path}/new/scratch")) == 0
+    assert list((tmp_path / "new" / "scratch").iterdir()) == []
+
+
+def test_a_scratch_that_cannot_be_written_is_named(dataset, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=r"scratch=.*/file/x cannot be written \(Not a directory\)"):
+        run(config(dataset, f"scratch={tmp_path}/file/x"))
+
+
+def test_too_little_memory_is_said_with_a_value_that_works(dataset):
+    before = tree_hashes(dataset)
+    with pytest.raises(BadInput, match=r"more than memory_gb=1e-06.*Try memory_gb=1,"):
+        run(config(dataset, "memory_gb=1e-6"))
+    assert tree_hashes(dataset) == before
+    assert run(config(dataset, "memory_gb=1")) == 0
 
 
 def test_a_dataset_without_hashes_is_refused(dataset):

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -532,6 +533,7 @@ def test_a_dry_run_measures_and_leaves_everything_as_it_is(encoded, tmp_path, ca
     out = capsys.readouterr().out
     assert "still to encode, 12 images" in out
     assert "from the second epoch on" in " ".join(out.split())
+    assert "Decision: cache." in " ".join(out.split())
     assert not (cfg.dataset / "encodings").exists()
 
 
@@ -547,6 +549,19 @@ def test_the_probe_foretells_the_bytes(encoded, encoders, tmp_path):
     assert 0 < num_bytes - 60 * found.sample_bytes <= end_bytes
     assert found.images_per_s > 0
     assert found.sample_s > 1 / found.images_per_s
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(encoded, tmp_path, monkeypatch):
+    cfg = replace(copy_of(encoded, tmp_path), probe_s=0.1)
+    shutil.rmtree(cfg.dataset / "encodings")
+    # A disk cannot be filled up here.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
+    with pytest.raises(BadInput, match=r"12 images take 0\.0\d\d MB, and 0\.001 MB are free"):
+        encode.run(cfg)
+    assert not list((cfg.dataset / "encodings").rglob("*.tar"))
+    assert encode.run(replace(cfg, dry_run=True)) == 0
+    assert encode.run(replace(cfg, probe_s=0)) == 0
+    assert content(cfg.dataset) == content(encoded.dataset)
 
 
 def test_a_sample_without_a_picture_is_named(tmp_path, encoders):

@@ -1,5 +1,3 @@
-from contextlib import closing
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,7 +12,7 @@ ONES = 2**64 - 1
 
 @pytest.fixture(scope="module")
 def connection(tmp_path_factory):
-    with closing(connect(tmp_path_factory.mktemp("near"), memory_gb=0.2, threads=1)) as opened:
+    with connect(tmp_path_factory.mktemp("near"), memory_gb=0.2, threads=1) as opened:
         yield opened
 
 

@@ -117,9 +117,12 @@ def test_a_plan_that_was_cut_short_is_made_again(tmp_path):
     record = plan_path(tmp_path / "d", 0).with_suffix(".json")
     record.unlink()  # it is written last
     assert plan(rows, tmp_path / "d") == whole
-    record.write_text("{")
-    with pytest.raises(BadInput, match=r"000.json is damaged .*Remove the folder"):
-        plan(rows, tmp_path / "d")
+    for path in (record, record.with_name("sources.json")):
+        path.write_text("{")
+        with pytest.raises(BadInput, match=rf"{path.name} is damaged .*Remove the folder"):
+            plan(rows, tmp_path / "d")
+        shutil.rmtree(path.parent)
+        assert plan(rows, tmp_path / "d") == whole
 
 
 def test_values_of_extra_columns_keep_their_types(tmp_path):

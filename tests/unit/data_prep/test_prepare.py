@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from importlib.resources import files
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from tests.tiny_source import (
     rules_hash,
     tree_hashes,
 )
+from trainer import cli
 from trainer.data.manifest import check_files, load_manifest
 from trainer.errors import BadInput, BadWorld
 from trainer.observe.accounts import totals
@@ -232,6 +234,22 @@ def test_a_quality_that_a_format_does_not_have_is_refused(source, tmp_path, kind
 def test_two_at_once_are_kept_apart(tmp_path):
     with locked(tmp_path), pytest.raises(BadWorld, match="another `kiln` command is at work"):
         locked(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("name", ["proc/nowhere", "proc"])
+def test_a_place_where_nothing_can_be_written_is_refused(tmp_path, name):
+    with pytest.raises(BadInput, match=r"cannot be written to .*Give a folder"):
+        locked(Path("/") / name).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("dedup", []), ("remove", ["why=x", "keys=[0123456789abcdef]"]), ("stats", [])],
+)
+def test_a_dataset_that_is_not_there_is_refused_and_not_made(tmp_path, command, words, capsys):
+    assert cli.main([command, f"dataset={tmp_path / 'd'}", *words]) == 2
+    assert "is not there" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_file_in_place_of_the_dataset_is_refused(tmp_path):

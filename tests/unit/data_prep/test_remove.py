@@ -298,3 +298,12 @@ def test_verify_names_tombstones_and_weights_that_do_not_fit(dataset, capsys):
     (dataset / "weights" / "00000.npy").write_bytes(b"")
     assert verify(VerifyConfig(dataset=dataset)) == 1
     assert "00000.npy is not what the manifest said" in capsys.readouterr().out
+
+
+def test_a_proof_that_cannot_be_written_undoes_nothing_and_can_be_had_again(dataset, tmp_path):
+    key = index(dataset)["key"][0].as_py()
+    with pytest.raises(BadInput, match=r"proof=.*cannot be written .*another proof="):
+        run(config(dataset, f"keys=[{key}]", "proof=/proc/proof.json"))
+    assert run(config(dataset, f"keys=[{key}]", f"proof={tmp_path / 'proof.json'}")) == 0
+    (sample,) = json.loads((tmp_path / "proof.json").read_text())["samples"]
+    assert sample["state"] == "removed before"

@@ -1,10 +1,14 @@
 import gzip
 import json
+import os
+import signal
+import threading
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.plan import read_rows
@@ -22,6 +26,7 @@ def planned(rows, tmp_path, *more):
     return {(r.url, r.caption) for unit in plan_units(cfg) for r in read_rows(cfg.dataset, unit)}
 
 
+@settings(deadline=None)
 @given(url=st.text(), caption=st.text())
 def test_ids_are_the_same_in_sql_and_in_python(url, caption):
     sql = "SELECT printf('%016x', md5_number_lower(? || chr(0) || ?))"
@@ -171,3 +176,19 @@ def test_the_network_is_never_asked_for_extensions(tmp_path):
     with connect(tmp_path, memory_gb=0.1, threads=1) as connection:
         setting = "SELECT current_setting('autoinstall_known_extensions')"
         assert connection.execute(setting).fetchone() == (False,)
+
+
+def test_ctrl_c_ends_a_query_in_mid_step(tmp_path):
+    # One step of an endless function: DuckDB alone would not look up before its end.
+    endless = "SELECT count(*) FROM range(100_000_000_000) AS numbers(i) WHERE hash(i) = 1"
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    started_s = time.monotonic()
+
+    def query():
+        with connect(tmp_path, memory_gb=0.1, threads=2) as connection:
+            timer.start()
+            connection.execute(endless)
+
+    with pytest.raises(KeyboardInterrupt):
+        query()
+    assert time.monotonic() - started_s < 10

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data_prep.scene_score import read, score, share
-from data_prep.scenes import Scene, Thing, caption, draw_scene, paint
+from data_prep.scenes import BACKGROUNDS, COLOURS, Scene, Thing, caption, draw_scene, paint
 from trainer.errors import BadInput
 
 SCENES = [draw_scene(index, seed=11) for index in range(400)]
@@ -49,6 +49,36 @@ def test_noise_and_blank_pictures_show_nothing():
     for pictures in (noise, smears, blank):
         facts = score(pictures, CAPTIONS[: len(pictures)])
         assert not any(fact.shape_and_colour or fact.place for fact in facts)
+
+
+def test_parts_too_small_for_a_template_have_no_shape():
+    for side_px in (5, 6, 7, 8):
+        picture = np.full((64, 64, 3), COLOURS["white"], np.uint8)
+        picture[30 : 30 + side_px, 30 : 30 + side_px] = COLOURS["red"]
+        (spot,) = read(picture).spots
+        assert spot.thing == (None if side_px == 5 else Thing("square", "red"))
+        assert spot.radius_frac == side_px / 2 / 64
+
+
+def test_a_part_whose_median_is_the_ground_has_no_shape():
+    picture = np.full((64, 64, 3), COLOURS["grey"], np.uint8)
+    checks = np.indices((20, 20)).sum(0) % 3  # each colour in a third of the pixels
+    for channel in range(3):
+        picture[20:40, 20:40, channel] += ((checks == channel) * 90).astype(np.uint8)
+    with np.errstate(all="raise"):
+        (spot,) = read(picture).spots
+    assert spot.thing is None
+
+
+def test_any_picture_can_be_read():
+    rng = np.random.default_rng(5)
+    for index in range(400):
+        picture = np.full((64, 64, 3), COLOURS[BACKGROUNDS[index % len(BACKGROUNDS)]], np.uint8)
+        for _ in range(rng.integers(1, 5)):
+            (y, x), (height, width) = rng.integers(0, 60, 2), rng.integers(1, 9, 2)
+            picture[y : y + height, x : x + width] = rng.integers(0, 256, 3)
+        with np.errstate(all="raise"):
+            assert len(read(picture).spots) <= 4
 
 
 def test_each_fact_fails_alone():

@@ -1,6 +1,8 @@
 import json
 from collections import Counter
 
+import pytest
+
 from data_prep.config_curate import DedupConfig, StatsConfig
 from data_prep.dedup import run as dedup
 from data_prep.stats import count, run
@@ -9,6 +11,7 @@ from tests.latents_without_encoders import make_dataset
 from tests.tiny_source import prepare_cfg, publish_here
 from trainer.data.manifest import load_manifest
 from trainer.data.shards import read_index
+from trainer.errors import BadInput
 from trainer.frozen import compose
 
 
@@ -88,3 +91,9 @@ def test_the_page_and_the_numbers_are_written_where_asked(tmp_path, capsys):
     assert said["fingerprint"] in html
     assert "Width, px" in capsys.readouterr().out
     assert not (dataset / "stats.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path):
+    dataset = dataset_of(tmp_path / "d", [sample(1)])
+    with pytest.raises(BadInput, match=r"page\.html cannot be written .*out="):
+        run(config(dataset, "out=/proc/page.html"))

@@ -1,9 +1,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from data_prep.config import VerifyConfig
+from data_prep.prepare import run as prepare
 from data_prep.verify import main, run
 from tests.tiny_source import prepare_cfg, publish_here
 from trainer.data.manifest import (
@@ -13,6 +15,7 @@ from trainer.data.manifest import (
     load_manifest,
     save_encoding,
 )
+from trainer.data.null_text import NULL_TEXT
 from trainer.data.shards import Sample, read_index, write_shard
 from trainer.errors import BadInput
 
@@ -83,10 +86,13 @@ def test_lost_and_damaged_quarantine_lines_are_found(dataset, capsys):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:]))
     reason = json.loads(lines[0])["reason"]
-    (found,) = problems(dataset, capsys)
-    assert f"rows for {reason}, the manifest says" in found
-    path.write_text("{\n")
-    assert any("is no quarantine record" in line for line in problems(dataset, capsys))
+    found = problems(dataset, capsys)
+    assert len(found) == 2
+    assert f"rows for {reason}, the manifest says" in found[0]
+    assert f"{path.name} has sha256" in found[1]
+    for damaged in (b"{\n", b"\xff\n"):
+        path.write_bytes(damaged)
+        assert any("is no quarantine record" in line for line in problems(dataset, capsys))
 
 
 def test_a_count_that_differs_is_found(dataset, capsys):
@@ -124,6 +130,8 @@ def test_encodings_must_have_the_keys_and_fingerprint_of_the_dataset_and_their_o
         )
 
     encode(0, manifest.fingerprint)
+    with (folder / NULL_TEXT).open("wb") as file:
+        np.save(file, np.zeros((1, 2), np.float16))
     assert problems(dataset, capsys) == []
     encode(0, "another")
     (found,) = problems(dataset, capsys)
@@ -141,3 +149,75 @@ def test_encodings_must_have_the_keys_and_fingerprint_of_the_dataset_and_their_o
 def test_an_unfinished_dataset_is_refused(tmp_path):
     with pytest.raises(BadInput, match="unfinished"):
         run(VerifyConfig(dataset=tmp_path))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("plan/000.parquet", "folder plan/"),
+        ("quarantine/plan-000.parquet", "folder plan/"),
+        ("plan/000.json", "the folder"),
+        ("units/00001.json", "recheck=hashes"),
+        ("quarantine/00001.jsonl", "recheck=hashes"),
+        ("history.jsonl", "back from a copy"),
+        ("index/00000.parquet", "recheck=hashes"),
+        ("shards/00000.tar", "recheck=hashes"),
+    ],
+)
+@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b"")])
+def test_no_damaged_file_goes_unseen_or_ends_the_reading(dataset, name, says, damage, capsys):
+    damage(dataset / name)
+    found = problems(dataset, capsys)
+    assert any(name in line and says in line for line in found), found
+
+
+def test_records_that_read_well_and_say_something_else_are_found(dataset, capsys):
+    for name, change in (
+        ("units/00001.json", {"rows_in": 24}),
+        ("units/00002.json", {"rejected": {"http_404": 25}}),
+        ("manifest.json", {"fingerprint": "0" * 64}),
+        ("plan/000.json", {"plan_sha256": "0" * 64}),
+    ):
+        path = dataset / name
+        before = path.read_bytes()
+        path.write_text(json.dumps(json.loads(before) | change))
+        assert any(str(dataset / name.split(".")[0]) in line for line in problems(dataset, capsys))
+        path.write_bytes(before)
+    with (dataset / "history.jsonl").open("a") as file:
+        file.write('{"fingerprint": "another"}\n')
+    (found,) = problems(dataset, capsys)
+    assert "ends with fingerprint another" in found
+
+
+@pytest.mark.parametrize("name", ["shards/00000.tar", "index/00000.parquet", "units/00000.json"])
+def test_files_that_no_manifest_lists_are_named(dataset, name, capsys):
+    extra = dataset / name.replace("00000", "00077")
+    shutil.copy(dataset / name, extra)
+    (found,) = problems(dataset, capsys)
+    assert found.startswith(f"- {extra} is ")
+
+
+def test_an_unfinished_encoding_is_said_to_be_one(dataset, capsys):
+    (encoding_folder(dataset, "abc") / "index").mkdir(parents=True)
+    assert run(VerifyConfig(dataset=dataset)) == 0
+    assert "encoding abc, unfinished" in capsys.readouterr().out
+
+
+def test_what_prepare_is_told_to_repair_it_repairs(served, dataset, capsys):
+    flip(dataset / "shards" / "00001.tar", 600)
+    flip(dataset / "quarantine" / "00000.jsonl", 20)
+    (dataset / "units" / "00002.json").write_bytes(b"")
+    assert len(problems(dataset, capsys)) >= 3
+    assert prepare(prepare_cfg(served, dataset, "recheck=hashes")) == 0
+    capsys.readouterr()
+    assert problems(dataset, capsys) == []
+    (dataset / "plan" / "000.parquet").write_bytes(b"")
+    assert problems(dataset, capsys)
+    shutil.rmtree(dataset / "plan")
+    assert prepare(prepare_cfg(served, dataset)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert problems(dataset, capsys) == []
