@@ -198,7 +198,7 @@ def _placed(law: Law, reader: Reader, home: Home) -> tuple[str, int] | None:
     """Give bucket and row number by which the order knows a sample; None: it does not."""
     shard = reader.opened(home.shard)
     for bucket, order in law.orders[home.member].items():
-        rows = shard.rows[bucket]
+        rows = shard.rows_of(bucket)
         inside = int(np.searchsorted(rows, home.row))
         if inside < len(rows) and rows[inside] == home.row:
             return bucket, int(order.ends[home.shard] - order.counts[home.shard]) + inside

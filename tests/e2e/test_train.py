@@ -1,5 +1,6 @@
 """Training as a user meets it: killed, interrupted, given again, given wrong."""
 
+import json
 import shutil
 import signal
 import subprocess
