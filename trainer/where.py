@@ -198,6 +198,8 @@ def _placed(law: Law, reader: Reader, home: Home) -> tuple[str, int] | None:
     """Give bucket and row number by which the order knows a sample; None: it does not."""
     shard = reader.opened(home.shard)
     for bucket, order in law.orders[home.member].items():
+        if not order.counts[home.shard]:
+            continue
         rows = shard.rows_of(bucket)
         inside = int(np.searchsorted(rows, home.row))
         if inside < len(rows) and rows[inside] == home.row:

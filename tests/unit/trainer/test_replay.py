@@ -66,7 +66,7 @@ def keys_of(dataset):
 
 def make_run(root, *, mixed=False, buckets=BUCKETS[:1], attempts=ATTEMPTS, **changes):
     """Write what a run leaves of its stream; return also the sample ids of each of its steps."""
-    datasets = [make_dataset(root / "one", shard_counts=(7, 5, 8, 6), buckets=buckets)]
+    datasets = [make_dataset(root / "one", shard_counts=(7, 5, 8, 6, 1), buckets=buckets)]
     if mixed:
         datasets.append(make_dataset(root / "two", shard_counts=(9, 4), buckets=buckets, salt="b"))
     run = root / "run"
@@ -255,7 +255,7 @@ def test_a_missing_index_is_named(plain):
 
 def test_a_changed_dataset_is_refused(plain):
     shutil.rmtree(plain.datasets[0])
-    make_dataset(plain.datasets[0].parent, shard_counts=(7, 5, 8, 5))
+    make_dataset(plain.datasets[0].parent, shard_counts=(7, 5, 8, 5, 1))
     with pytest.raises(BadInput, match=r"the shards of data.dataset and data.mix was"):
         order.main([f"run={plain.run}", "steps=0"])
 
