@@ -118,7 +118,7 @@ def history(run: Path) -> Iterator[History]:
     with ExitStack() as stack:
         for where in dataset_places(cfg.data):
             stack.enter_context(storage(where))
-        datasets = [_dataset(cfg, where) for where in dataset_places(cfg.data)]
+        datasets = [run_dataset(cfg, where) for where in dataset_places(cfg.data)]
         law = law_of(cfg, datasets, record[0]["stream"])
         reached, reached_by = _reached(run, record)
         readers = open_readers(datasets, law, keys_only=True)
@@ -145,7 +145,8 @@ def quarantined(run: Path) -> dict[tuple[str, str], str]:
     return {(row["dataset"], row["key"]): row["why"] for row in rows}
 
 
-def _dataset(cfg: TrainConfig, folder: Path) -> Dataset:
+def run_dataset(cfg: TrainConfig, folder: Path) -> Dataset:
+    """Open the manifests that a run reads of a dataset; its encoders are not asked for if possible."""
     manifest = load_manifest(folder)
     pictures = cfg.model.kind == "autoencoder_kl"
     return Dataset(folder, manifest, None if pictures else _encoding(cfg, folder, manifest))

@@ -83,7 +83,7 @@ def run(cfg: VerifyResumeConfig) -> int:
     with storage(cfg.dataset), tempfile.TemporaryDirectory(prefix="kiln-verify-resume-") as work:
         job = Job(
             dataset=str(cfg.dataset),
-            encoding=_encoding(cfg),
+            encoding=chosen_encoding(cfg),
             side_px=SIDE_PX,
             layout=Layout(seed=cfg.seed),
             cache=(cfg.cache, cfg.cache_gb) if cfg.cache else None,
@@ -183,7 +183,12 @@ def _some(samples: Seen) -> str:
     return f" ({', '.join(names)}{', ...' if len(samples) > _SHOWN else ''})" if names else ""
 
 
-def _encoding(cfg: VerifyResumeConfig) -> str | None:
+def chosen_encoding(cfg: VerifyResumeConfig) -> str | None:
+    """Say which latents are read; None: the pictures.
+
+    Raises:
+        BadInput: There is a choice, or no such encoding.
+    """
     if cfg.encoding == PICTURES:
         return None
     shards = load_manifest(cfg.dataset).shards_fingerprint

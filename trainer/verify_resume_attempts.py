@@ -49,9 +49,9 @@ def read_whole(
     """Read in one process that nobody kills, without reading ahead."""
     pace = Pace(0, 1, global_batch_images, global_batch_images, threads=1, prefetch_batches=0)
     job = replace(job, folder=f"{job.folder}/whole")
-    with _ranks(job, pace) as gates:
+    with running(job, pace) as gates:
         for done in range(1, num_steps + 1):
-            _take_step(gates)
+            take_step(gates)
             progress(done)
     return _finished(job, pace, first=0, size=1)
 
@@ -90,9 +90,9 @@ def read_killed(
         even = left // size // (kills_left + 1)
         whole_steps = min(left // size - 1, chance.randint(0, 2 * even)) if kills_left else left
         mine = replace(job, saved=saved, folder=f"{job.folder}/attempt_{len(attempts)}")
-        with _ranks(mine, pace) as gates:
+        with running(mine, pace) as gates:
             for done in range(1, whole_steps + 1):
-                _take_step(gates)
+                take_step(gates)
                 progress(first + done * size)
             if kills_left:
                 _open(gates)
@@ -117,7 +117,7 @@ def _pace(chance: random.Random, world: int, global_batch_images: int) -> Pace:
 
 
 @contextmanager
-def _ranks(job: Job, pace: Pace) -> Iterator[list[Connection]]:
+def running(job: Job, pace: Pace) -> Iterator[list[Connection]]:
     """Start a process for each rank; kill all of them at the end."""
     Path(job.folder).mkdir(exist_ok=True)
     context, gates, processes = get_context("spawn"), list[Connection](), []
@@ -149,7 +149,7 @@ def _open(gates: Sequence[Connection]) -> None:
             raise _ended(rank) from error
 
 
-def _take_step(gates: Sequence[Connection]) -> None:
+def take_step(gates: Sequence[Connection]) -> None:
     """Let all ranks take one step, and wait for them."""
     _open(gates)
     for rank, gate in enumerate(gates):

@@ -103,8 +103,8 @@ def story(past: History, home: Home, bad: str | None) -> Iterator[str]:
     shard = reader.opened(home.shard)
     version = -int(min(shard.weights[home.row], 0))
     yield f"{shard.key(home.row)}: row {home.row} of {shard.path}"
-    placed = _placed(past.law, reader, home)
-    if placed is None:
+    known = placed(past.law, reader, home)
+    if known is None:
         yield f"  removed at version {version} of {member.name}, before the run began: never seen"
         return
     if bad is not None:
@@ -114,7 +114,7 @@ def story(past: History, home: Home, bad: str | None) -> Iterator[str]:
             f"  removed at version {version} of {member.name}: attempts from then on took others "
             "in its place"
         )
-    bucket, row = placed
+    bucket, row = known
     seen = list(visits(past, home.member, bucket, row))
     yield (
         f"  due {len(seen)} times in the {past.reached} steps so far ({past.reached_by})"
@@ -194,7 +194,7 @@ def _row(reader: Reader, number: int, key: str) -> int:
     return row
 
 
-def _placed(law: Law, reader: Reader, home: Home) -> tuple[str, int] | None:
+def placed(law: Law, reader: Reader, home: Home) -> tuple[str, int] | None:
     """Give bucket and row number by which the order knows a sample; None: it does not."""
     shard = reader.opened(home.shard)
     for bucket, order in law.orders[home.member].items():

@@ -202,6 +202,18 @@ def test_encodings_in_a_bucket_are_those_of_a_folder_and_can_be_read(
     assert learned[0] == learned[1]
     assert learned[2] == learned[3] != learned[0]
     assert len(list((tmp_path / "cache").iterdir())) > 1
+    # What tells the order reads indexes alone, wherever they lie; kills are survived there, too.
+    told = [
+        finish(start(server, tmp_path, "order", f"run={tmp_path / name}", "steps=0:3"))
+        for name in ("ranges", "local")
+    ]
+    assert told[0] == told[1]
+    key = told[0].split()[1].partition("@")[0]
+    said = finish(start(server, tmp_path, "where", f"run={tmp_path / 'ranges'}", f"key={key}"))
+    assert "  step 0, epoch 0" in said
+    small = ["global_batch_images=8", "worlds=[1,2]", "kills=1", "steps=6"]
+    said = finish(start(server, tmp_path, "verify-resume", f"dataset={URL}", *small))
+    assert "identical: 6 steps of 8 latents, 1 kills, worlds " in said
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from trainer.cli import main
 from trainer.data.loader import Pace
 from trainer.data.opening import Layout
 from trainer.errors import BadWorld
-from trainer.verify_resume_attempts import _ranks, _take_step
+from trainer.verify_resume_attempts import running, take_step
 from trainer.verify_resume_rank import Job
 
 pytestmark = pytest.mark.multiproc
@@ -51,12 +51,12 @@ def test_a_rank_that_dies_by_itself_is_said(tmp_path):
     folder = tmp_path / "work"
     job = Job(str(dataset), "tiny", 32, Layout(seed=0), None, None, str(folder))
     pace = Pace(0, 2, 4, 2, threads=1, prefetch_batches=0)
-    with _ranks(job, pace) as gates:
-        _take_step(gates)
+    with running(job, pace) as gates:
+        take_step(gates)
         assert {path.name for path in folder.iterdir()} == {"rank_0.jsonl", "rank_1.jsonl"}
         active_children()[0].kill()
         with pytest.raises(BadWorld, match=r"rank \d ended by itself"):
-            _take_step(gates)
+            take_step(gates)
     assert not active_children()
 
 

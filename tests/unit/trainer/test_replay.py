@@ -30,7 +30,7 @@ from trainer.datasets import STREAM, law_of
 from trainer.errors import BadInput
 from trainer.frozen import compose, write_yaml
 from trainer.observe.jsonl import JsonLines
-from trainer.replay import _dataset, ahead, history
+from trainer.replay import ahead, history, run_dataset
 
 BUCKETS = ("32x32", "32x24", "24x32")
 # (first step, global batch, weights) of each attempt; later ones take steps again, even far back.
@@ -75,7 +75,7 @@ def make_run(root, *, mixed=False, buckets=BUCKETS[:1], attempts=ATTEMPTS, **cha
     own = {"run": str(run), "data__dataset": str(datasets[0]), "data__mix": mix}
     cfg = tiny_config(**own, data__window_shards=1, **changes)
     write_yaml(cfg, run / "config.yaml")
-    opened = [_dataset(cfg, dataset) for dataset in datasets]
+    opened = [run_dataset(cfg, dataset) for dataset in datasets]
     law = law_of(cfg, opened, None)
     samples = Samples(law, open_readers(opened, law), Quarantine(None, max_bad_frac=0.0))
     states, taken = {}, {}
@@ -132,8 +132,8 @@ def test_where_is_the_inverse_of_order(made):
     with history(made.run) as past:
         for key in {key for dataset in made.datasets for key in keys_of(dataset)}:
             (home,) = where.find(past, range(len(made.datasets)), key)
-            placed = where._placed(past.law, past.readers[home.member], home)
-            assert sorted(where.visits(past, home.member, *placed)) == expected[key]
+            known = where.placed(past.law, past.readers[home.member], home)
+            assert sorted(where.visits(past, home.member, *known)) == expected[key]
 
 
 def test_going_ahead_at_once_or_step_by_step_is_the_same(made):
@@ -188,7 +188,7 @@ def test_a_sample_removed_before_the_run_was_never_seen(tmp_path, capsys):
     key = keys_of(dataset)[3]
     remove(dataset, key)
     cfg = tiny_config(data__dataset=str(dataset))
-    law = law_of(cfg, [_dataset(cfg, dataset)], None)
+    law = law_of(cfg, [run_dataset(cfg, dataset)], None)
     write_yaml(cfg, tmp_path / "config.yaml")
     row = {"attempt": 0, "step": 0, "global_batch_images": 8}
     jsonl(tmp_path / STREAM, [{**row, "stream": to_json(law, begin(law, [1.0]))}])

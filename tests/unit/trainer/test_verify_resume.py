@@ -6,7 +6,7 @@ from tests.latents_without_encoders import make_dataset
 from tests.streams import law_of
 from trainer.data.stream import advance, begin, to_json
 from trainer.errors import BadInput
-from trainer.verify_resume import VerifyResumeConfig, _encoding, compare, main, repeated
+from trainer.verify_resume import VerifyResumeConfig, chosen_encoding, compare, main, repeated
 from trainer.verify_resume_attempts import Seen, Step
 
 LAW = law_of([4, 4])
@@ -72,7 +72,7 @@ def test_the_encoding_is_the_only_one_or_must_be_named(tmp_path):
         cfg = VerifyResumeConfig(
             dataset=dataset, encoding=encoding, cache=None, cache_gb=1.0, **given
         )
-        return _encoding(cfg)
+        return chosen_encoding(cfg)
 
     dataset = make_dataset(tmp_path)
     assert (chosen(None), chosen("tiny"), chosen("pictures")) == ("tiny", "tiny", None)
