@@ -27,27 +27,40 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def make_dataset(root: Path, *, shard_counts: tuple[int, ...] = (7, 5, 8)) -> Path:
-    """Publish a dataset of noise pictures; keys are hashes, so shards interleave them."""
+def make_dataset(
+    root: Path,
+    *,
+    shard_counts: tuple[int, ...] = (7, 5, 8),
+    buckets: tuple[str, ...] = (BUCKET,),
+    salt: str = "row",
+) -> Path:
+    """Publish a dataset of noise pictures; keys are hashes, so shards interleave them.
+
+    Rows take turns among the buckets; another salt gives other keys.
+    """
     dataset = root / "dataset"
     rng = np.random.default_rng(0)
     keys = sorted(
-        hashlib.blake2b(f"row {n}".encode(), digest_size=8).hexdigest()
+        hashlib.blake2b(f"{salt} {n}".encode(), digest_size=8).hexdigest()
         for n in range(sum(shard_counts))
     )
     entries, encoded, first = [], [], 0
+    bucket_counts = {name: [0] * len(shard_counts) for name in buckets}
     for number, count in enumerate(shard_counts):
         mine = keys[first : first + count]
         first += count
         pictures, latents = [], []
-        for key in mine:
+        for row, key in enumerate(mine):
+            bucket = buckets[row % len(buckets)]
+            bucket_counts[bucket][number] += 1
+            width, height = (int(px) // 8 for px in bucket.split("x"))
             picture = rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)
             jpg = cv2.imencode(".jpg", picture)[1].tobytes()
             pictures.append(Sample(key, {"jpg": jpg, "txt": b"noise", "json": b"{}"}))
-            moments = rng.normal(size=(2, CHANNELS, SIDE, SIDE)).astype(np.float16)
+            moments = rng.normal(size=(2, CHANNELS, height, width)).astype(np.float16)
             text = rng.normal(size=(int(rng.integers(2, 6)), TEXT_WIDTH)).astype(np.float16)
             members = {"latent.npy": npy(moments), "text.npy": npy(text)}
-            latents.append(Sample(key, members, {"bucket": BUCKET}))
+            latents.append(Sample(key, members, {"bucket": bucket}))
         name = f"{number:05d}"
         write_shard(dataset / f"shards/{name}.tar", dataset / f"index/{name}.parquet", pictures)
         entries.append(describe_shard(dataset, f"shards/{name}.tar", count))
@@ -68,7 +81,7 @@ def make_dataset(root: Path, *, shard_counts: tuple[int, ...] = (7, 5, 8)) -> Pa
             fingerprint="tiny",
             dataset_fingerprint=manifest.fingerprint,
             shards=tuple(encoded),
-            bucket_counts={BUCKET: list(shard_counts)},
+            bucket_counts=bucket_counts,
             facts=facts,
         ),
     )

@@ -9,6 +9,7 @@ from types import TracebackType
 import psutil
 
 from trainer.config import TrainConfig
+from trainer.datasets import STREAM
 from trainer.feed import Feed
 from trainer.frozen import thaw
 from trainer.loop import Progress, StepFacts
@@ -22,9 +23,6 @@ from trainer.runtime.checkpoint import TrainState, save
 from trainer.runtime.comm import Comm
 from trainer.runtime.ema import Ema
 from trainer.runtime.fragments import FragmentReader
-
-STREAM = "stream.jsonl"
-"""In a run's folder: where its stream went on at the beginning of each attempt."""
 
 
 class Accounts:

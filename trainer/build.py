@@ -19,8 +19,9 @@ from trainer.config import (
 from trainer.data.manifest import encoding_folder
 from trainer.data.null_text import read_null_text
 from trainer.data.opening import Dataset
+from trainer.datasets import find_datasets
 from trainer.diffusion.process import Process, RectifiedFlow, VpScaledLinear
-from trainer.feed import Feed, find_datasets, open_feed
+from trainer.feed import Feed, open_feed
 from trainer.loop import Objective, Parts, Progress
 from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser

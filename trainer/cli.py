@@ -25,11 +25,21 @@ COMMANDS = {
     "dedup": ("data_prep.dedup", "remove or weigh down exact and near-duplicate pictures"),
     "remove": ("data_prep.remove", "take samples out by key, URL or hash; no tar is rewritten"),
     "plan": ("trainer.plan", "print what a training run will take; touches nothing"),
+    "stream-plan": (
+        "trainer.stream_plan",
+        "print epochs, windows, cache and requests of a run's data; reads manifests only",
+    ),
     "train": ("trainer.train", "train, or continue a run; the same command again resumes"),
     "sample": ("trainer.sample", "generate pictures from captions with a run's EMA weights"),
     "evaluate": ("trainer.evaluate", "score samples against their captions"),
     "export": ("trainer.export", "write a run's EMA weights as a diffusers folder"),
     "report": ("trainer.report", "write the run's story as one HTML file"),
+    "order": ("trainer.order", "print which samples each step of a run took"),
+    "where": ("trainer.where", "say which steps of a run saw a sample"),
+    "verify-resume": (
+        "trainer.verify_resume",
+        "kill real readers of a dataset at random, resume them, and compare what they gave",
+    ),
     "launch": ("trainer.launch", "render the sbatch script of a run, and submit it"),
 }
 EXIT_INTERRUPTED = 130

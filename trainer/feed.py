@@ -12,14 +12,13 @@ from trainer.data import stream
 from trainer.data.cache import Cache
 from trainer.data.foreign import foreign_batches
 from trainer.data.loader import Pace, micro_batches
-from trainer.data.manifest import check_files, load_manifest
-from trainer.data.opening import Dataset, Layout, make_law, open_readers
+from trainer.data.manifest import check_files
+from trainer.data.opening import Dataset, open_readers
 from trainer.data.quarantine import Quarantine
 from trainer.data.sources import Batch, LatentSource, PictureSource, Samples, Source
 from trainer.data.stream import Law, State
 from trainer.data.tars import list_tars
-from trainer.encoded import matching_encoding
-from trainer.place import place
+from trainer.datasets import begin, find_datasets, find_law, weights_of
 from trainer.runtime.comm import Comm
 
 
@@ -126,57 +125,6 @@ def check_feed(cfg: TrainConfig, saved: Mapping[str, Any] | None, *, files: bool
     if files:
         for reader in open_readers(datasets, law):
             check_files(reader.folder, reader.entries)
-
-
-def find_datasets(cfg: TrainConfig) -> list[Dataset]:
-    """Read the manifests of a run's datasets, and find the encodings that its encoders made.
-
-    Raises:
-        BadInput: A dataset is not there, or has no latents of these encoders.
-    """
-    found: list[Dataset] = []
-    if cfg.data.reader == "webdataset":
-        return found
-    for where in (cfg.data.dataset, *(other.dataset for other in cfg.data.mix)):
-        folder = place(where)
-        manifest = load_manifest(folder)
-        pictures = cfg.model.kind == "autoencoder_kl"
-        encoding = None if pictures else matching_encoding(cfg, folder, manifest)
-        found.append(Dataset(folder, manifest, encoding))
-    return found
-
-
-def find_law(cfg: TrainConfig, datasets: Sequence[Dataset], saved: Mapping[str, Any] | None) -> Law:
-    """Fix the order of a run's samples, as a saved state of it counts them.
-
-    Raises:
-        BadInput: The config asks for an order that cannot be had.
-    """
-    layout = Layout(
-        seed=cfg.seed,
-        mode=cfg.data.order,
-        streams=cfg.data.canonical_streams,
-        window_shards=cfg.data.window_shards,
-        ending=cfg.data.ending,
-    )
-    versions = stream.removal_versions(saved) if saved else None
-    if versions is not None and len(versions) != len(datasets):
-        versions = None  # `begin` says what is wrong
-    law = make_law(datasets, layout, removal_versions=versions)
-    stream.check_step(law, cfg.batch.global_batch_images)
-    return law
-
-
-def begin(law: Law, weights: Sequence[float], saved: Mapping[str, Any] | None) -> State:
-    """Stand where a saved state says, with these weights from here on, or at the first sample."""
-    if saved is None:
-        return stream.begin(law, weights)
-    return stream.remix(law, stream.from_json(law, saved), weights)
-
-
-def weights_of(cfg: DataConfig) -> tuple[float, ...]:
-    """List the weights of the datasets."""
-    return (cfg.weight, *(other.weight for other in cfg.mix))
 
 
 def open_cache(cfg: DataConfig) -> Cache | None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from trainer.command import run_command
 from trainer.config import TrainConfig
 from trainer.data.publish import publish_json
+from trainer.datasets import dataset_places
 from trainer.errors import BadInput
 from trainer.feed import check_feed
-from trainer.place import place, storage
+from trainer.place import storage
 from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
@@ -35,8 +36,8 @@ def run(cfg: TrainConfig) -> int:
         )
     folder = Path(cfg.run)
     with ExitStack() as stack:
-        for where in (cfg.data.dataset, *(other.dataset for other in cfg.data.mix)):
-            stack.enter_context(storage(place(where)))
+        for where in dataset_places(cfg.data):
+            stack.enter_context(storage(where))
         check_feed(cfg, None)
         with locked(folder):
             changes = config_changes(folder, cfg)

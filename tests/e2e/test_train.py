@@ -1,5 +1,6 @@
 """Training as a user meets it: killed, interrupted, given again, given wrong."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.e2e.conftest import SMALL_NETWORK, kiln
+from trainer.data.manifest import load_manifest
 from trainer.observe.accounts import close_check
 from trainer.observe.jsonl import read_rows
 from trainer.runtime.checkpoint import complete, read_ema
@@ -80,6 +82,22 @@ def test_a_run_leaves_its_whole_story(whole):
     assert (whole / "attempts/000/rank_00001.log").exists()
 
 
+def test_which_samples_each_step_took_can_be_told_afterwards(encoded, whole):
+    plan = " ".join(kiln("stream-plan", *words(encoded, whole)).split())
+    num_samples = load_manifest(encoded).rows_live
+    assert f"{num_samples:,} samples in" in plan
+    said = kiln("order", f"run={whole}", "steps=0:20", "format=json")
+    steps = [json.loads(line) for line in said.splitlines()]
+    assert [len(step["samples"]) for step in steps] == [8] * 20
+    seen = [(sample["key"], sample["epoch"]) for step in steps for sample in step["samples"]]
+    assert len({key for key, epoch in seen if epoch == 0}) == num_samples
+    assert len(set(seen)) == 160
+    key, epoch = seen[100]
+    said = kiln("where", f"run={whole}", f"key={key}")
+    assert f"  step 12, epoch {epoch}" in said
+    assert "in the 20 steps so far" in said
+
+
 def test_kill_9_of_everything_then_the_same_command_equals_the_uninterrupted_run(
     encoded, whole, tmp_path
 ):
@@ -115,6 +133,8 @@ def test_ctrl_c_saves_and_the_same_command_continues(encoded, whole, tmp_path):
     # Nothing is trained twice after a clean stop.
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, 21))
     assert losses(run) == losses(whole)
+    orders = [kiln("order", f"run={where}", "steps=0:20") for where in (run, whole)]
+    assert orders[0] == orders[1]
 
 
 def test_one_rank_gives_the_losses_of_two_and_may_take_over_in_the_middle(encoded, whole, tmp_path):

@@ -80,9 +80,13 @@ def make_law(
 
 
 def open_readers(
-    datasets: Sequence[Dataset], law: Law, *, cache: Cache | None = None
+    datasets: Sequence[Dataset],
+    law: Law,
+    *,
+    cache: Cache | None = None,
+    keys_only: bool = False,
 ) -> list[Reader]:
-    """Make a reader for each dataset of a law; reads nothing yet."""
+    """Make a reader for each dataset of a law, with options of `Reader`; reads nothing yet."""
     return [
         Reader(
             encoding_folder(dataset.folder, dataset.encoding.fingerprint)
@@ -94,6 +98,7 @@ def open_readers(
             removal_version=member.removal_version,
             orders=orders,
             cache=cache,
+            keys_only=keys_only,
         )
         for dataset, member, orders in zip(datasets, law.members, law.orders, strict=True)
     ]

@@ -70,6 +70,11 @@ class Order:
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         self._block = lru_cache(maxsize=4)(self._rows_of_block)
 
+    @property
+    def window_rows(self) -> int:
+        """Rows of a window, over all streams: how far a row may be moved but for its shard."""
+        return self._window
+
     def at(self, positions: Int64s) -> tuple[Int64s, Int64s]:
         """Give the rows at positions of the endless sequence, and their epochs (any shape)."""
         epochs, places = np.divmod(positions, self.num_rows)

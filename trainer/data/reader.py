@@ -180,6 +180,7 @@ class Reader:
         removal_version: int,
         orders: Mapping[str, Order],
         cache: Cache | None = None,
+        keys_only: bool = False,
     ) -> None:
         """Take what rows are numbered by.
 
@@ -191,9 +192,10 @@ class Reader:
             removal_version: See `OpenShard`.
             orders: Bucket -> order of its rows.
             cache: Where tars are kept on this node. None: they are read where they lie.
+            keys_only: No tar is opened: rows have keys, and nothing of them can be read.
         """
         self.folder, self.entries, self.cache = folder, entries, cache
-        self._dataset, self._orders = dataset, orders
+        self._dataset, self._orders, self._keys_only = dataset, orders, keys_only
         self._version = removal_version
         self._shards_fingerprint = manifest.shards_fingerprint
         self._weights = manifest.weights
@@ -216,31 +218,12 @@ class Reader:
             for number, row in zip(shards.tolist(), inside.tolist(), strict=True)
         ]
 
-    def shard_name(self, bucket: str, row: int) -> str:
-        """Name the tar of a row."""
-        number = int(self._orders[bucket].shard_of(np.array([row]))[0])
-        return str(self.entries[number].tar(self.folder))
+    def opened(self, number: int) -> OpenShard:
+        """Open a shard by its number, or find it open.
 
-    def fetch(self, entry: ShardEntry) -> None:
-        """Bring a tar into the cache; that it cannot be had is said when its samples are read."""
-        assert self.cache is not None
-        tar = entry.tar(self.folder)
-        with suppress(BadData):
-            self.cache.open(tar, num_bytes=entry.bytes, sha256=entry.content_sha256).close()
-
-    def close(self) -> None:
-        """Let go of all files; those being read are closed when that ends."""
-        with self._lock:
-            self._open.clear()
-
-    def _find(self, bucket: str, number: int, row: int) -> Place | BadData:
-        try:
-            shard = self._opened(number)
-        except BadData as error:
-            return error
-        return Place(shard, int(shard.rows_of(bucket)[row]))
-
-    def _opened(self, number: int) -> OpenShard:
+        Raises:
+            BadData: It is not there, or not what the manifest says.
+        """
         with self._lock:
             self._reload(every_s=RELOAD_S)
             future = self._open.get(number)
@@ -262,6 +245,30 @@ class Reader:
                 future.set_exception(error)
         return future.result()
 
+    def shard_name(self, bucket: str, row: int) -> str:
+        """Name the tar of a row."""
+        number = int(self._orders[bucket].shard_of(np.array([row]))[0])
+        return str(self.entries[number].tar(self.folder))
+
+    def fetch(self, entry: ShardEntry) -> None:
+        """Bring a tar into the cache; that it cannot be had is said when its samples are read."""
+        assert self.cache is not None
+        tar = entry.tar(self.folder)
+        with suppress(BadData):
+            self.cache.open(tar, num_bytes=entry.bytes, sha256=entry.content_sha256).close()
+
+    def close(self) -> None:
+        """Let go of all files; those being read are closed when that ends."""
+        with self._lock:
+            self._open.clear()
+
+    def _find(self, bucket: str, number: int, row: int) -> Place | BadData:
+        try:
+            shard = self.opened(number)
+        except BadData as error:
+            return error
+        return Place(shard, int(shard.rows_of(bucket)[row]))
+
     def _open_shard(self, entry: ShardEntry) -> OpenShard:
         tar = entry.tar(self.folder)
         index = _index(entry.index(self.folder))
@@ -279,6 +286,8 @@ class Reader:
         )
 
     def _file(self, tar: Path, entry: ShardEntry) -> BinaryIO | None:
+        if self._keys_only:
+            return None
         if self.cache is not None:
             return self.cache.open(tar, num_bytes=entry.bytes, sha256=entry.content_sha256)
         if not is_local(tar):
