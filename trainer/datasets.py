@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import DataConfig, TrainConfig
+from trainer.config import TrainConfig
+from trainer.config_data import DataConfig
 from trainer.data import stream
 from trainer.data.manifest import load_manifest
 from trainer.data.opening import Dataset, Layout, make_law

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from trainer.config import DataConfig, TrainConfig
+from trainer.config import TrainConfig
+from trainer.config_data import DataConfig
 from trainer.data import stream
 from trainer.data.cache import Cache
 from trainer.data.foreign import foreign_batches

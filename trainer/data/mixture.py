@@ -60,6 +60,9 @@ def positions_of(member: int, samples: Int64s, shares: Sequence[int]) -> Int64s:
 
 def deal(first: int, count: int, shares: Sequence[int]) -> tuple[Int64s, Int64s]:
     """Say who has the positions [first, first + count): members and their sample numbers."""
+    if sum(map(bool, shares)) == 1:
+        only = next(member for member, share in enumerate(shares) if share)
+        return np.full(count, only), np.arange(first, first + count)
     members, samples = np.empty(count, np.int64), np.empty(count, np.int64)
     before, after = taken(first, shares), taken(first + count, shares)
     for member, (start, stop) in enumerate(zip(before, after, strict=True)):

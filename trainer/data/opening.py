@@ -52,6 +52,9 @@ def make_law(
     Raises:
         BadInput: A dataset is empty, or has fewer shards than there are streams.
     """
+    for dataset in datasets:
+        if not dataset.manifest.rows_kept:
+            raise BadInput(f"{dataset.folder} has no samples: there is nothing to train on.")
     versions = removal_versions or [dataset.manifest.removal_version for dataset in datasets]
     members = tuple(map(_member, datasets, versions))
     for dataset, member in zip(datasets, members, strict=True):

@@ -16,6 +16,8 @@ Int64s = NDArray[np.int64]
 Uint64s = NDArray[np.uint64]
 Mode = Literal["shards", "ranges"]
 _ROUNDS = 6
+_BLOCK, _DENSE = 4096, 4
+"""Positions that are looked up together; asked for by parts no sparser than 1 in `_DENSE`."""
 
 
 class Epoch(NamedTuple):
@@ -66,6 +68,7 @@ class Order:
             self._streams, self._window = 1, self.num_rows
         # Two epochs are in use where one rolls over into the next.
         self.epoch = lru_cache(maxsize=2)(self._epoch)
+        self._block = lru_cache(maxsize=4)(self._rows_of_block)
 
     @property
     def window_rows(self) -> int:
@@ -75,11 +78,13 @@ class Order:
     def at(self, positions: Int64s) -> tuple[Int64s, Int64s]:
         """Give the rows at positions of the endless sequence, and their epochs (any shape)."""
         epochs, places = np.divmod(positions, self.num_rows)
-        rows = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = self._rows(places[here], int(epoch))
-        return rows, epochs
+        if 0 < positions.size < _BLOCK:
+            low, high = int(positions.min()), int(positions.max())
+            block = low // _BLOCK
+            # A small step: its neighbours will be asked for next, and cost nothing more.
+            if block == high // _BLOCK and high - low < _DENSE * positions.size:
+                return self._block(block)[positions - block * _BLOCK], epochs
+        return self._rows_at(places, epochs), epochs
 
     def positions(self, rows: Int64s, epoch: int) -> Int64s:
         """Give the positions at which rows stand in an epoch: the inverse of `at`."""
@@ -145,6 +150,18 @@ class Order:
     def _epoch(self, epoch: int) -> Epoch:
         shards, turns = _permuted_shards(f"{self._key}:{epoch}:shards", len(self.counts))
         return Epoch(shards, np.cumsum(self.counts[shards]), turns)
+
+    def _rows_of_block(self, block: int) -> Int64s:
+        positions = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
+        epochs, places = np.divmod(positions, self.num_rows)
+        return self._rows_at(places, epochs)
+
+    def _rows_at(self, places: Int64s, epochs: Int64s) -> Int64s:
+        rows = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = self._rows(places[here], int(epoch))
+        return rows
 
     def _rows(self, places: Int64s, epoch: int) -> Int64s:
         line = self._shuffle(places, epoch, forward=True)

@@ -33,7 +33,8 @@ RELOAD_S = 60.0
 """How often to ask whether samples were removed meanwhile."""
 ANY = ""
 """The bucket of everything, where a dataset has no buckets."""
-_NPY_HEADER_BYTES = 128  # what numpy pads the header of a small array to
+NPY_HEADER_BYTES = 128
+"""What numpy pads the header of a small array to."""
 
 
 class Place(NamedTuple):
@@ -135,9 +136,9 @@ class OpenShard:
         if (
             out is not None
             and self._file is not None
-            and num_bytes == _NPY_HEADER_BYTES + out.nbytes
+            and num_bytes == NPY_HEADER_BYTES + out.nbytes
         ):
-            header = bytearray(_NPY_HEADER_BYTES)
+            header = bytearray(NPY_HEADER_BYTES)
             found = os.preadv(self._file.fileno(), [header, out.data], offset)
             if found == num_bytes and bytes(header) == _npy_header(out.dtype.str, out.shape):
                 return out

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.data.decode import decode_square
 from trainer.data.index import PICTURES
 from trainer.data.quarantine import Quarantine
-from trainer.data.reader import Place, Reader
+from trainer.data.reader import NPY_HEADER_BYTES, Place, Reader
 from trainer.data.stream import Law, Slots
 from trainer.errors import BadData, BadInput
 from trainer.place import NUM_REQUESTS, is_local
@@ -171,72 +171,95 @@ class LatentSource:
     def __init__(self, samples: Samples, *, device: torch.device = _CPU) -> None:
         """Read from the encodings of datasets, batches to `device`."""
         self.samples, self._device = samples, device
-        # Bucket -> shape of its latents, and the width of text states, once they were met.
+        # What was met so far, for the next batch is read into its place: bucket -> shape of its
+        # latents; the longest text and the width of its states.
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._text_width = 0
+        self._tokens = self._width = 0
 
     def load(self, slots: Slots) -> LatentBatch:
         """Read latents and text states; shorter captions are padded to the batch's longest."""
         size, shape = len(slots.positions), self._shapes.get(slots.bucket)
-        latents: NDArray[np.float16] | None = np.empty((size, *shape), "<f2") if shape else None
-        loose: list[NDArray[Any] | None] = [None] * size
-        texts: list[NDArray[np.float16] | None] = [None] * size
+        latents = _Rows(size, shape) if shape else _Rows(size, (2, 0, 0, 0))
+        texts = _Rows(size, (self._tokens, self._width))
 
         def read(number: int, place: Place) -> None:
-            out = None if latents is None else latents[number]
-            array = place.shard.read_array(place.row, "latent.npy", out)
-            if array is not out:
-                expected = shape or array.shape
-                if array.dtype != np.float16 or array.ndim != 4 or array.shape != expected:
-                    raise BadData(
-                        f"{place.shard.name(place.row, 'latent.npy')} is {array.dtype} "
-                        f"{array.shape}, needs float16 {expected}."
-                    )
-                loose[number] = array
-            texts[number] = self._read_text(place)
+            row, shard = place.row, place.shard
+            latent = shard.read_array(row, "latent.npy", latents.place(number, shape))
+            _check(place, "latent.npy", latent, shape or (2, None, None, None))
+            num_numbers, rest = divmod(shard.size_bytes(row, "text.npy") - NPY_HEADER_BYTES, 2)
+            tokens, more = divmod(num_numbers, self._width or 1)
+            whole = None if rest or more else (tokens, self._width)
+            text = shard.read_array(row, "text.npy", texts.place(number, whole))
+            _check(place, "text.npy", text, (None, self._width or None))
+            latents.keep(number, latent)
+            texts.keep(number, text)
 
         places = self.samples.read(slots, read)
-        latents = self._stack(slots.bucket, latents, loose)
-        text_BLD, mask_BL = stack_texts([text for text in texts if text is not None])
-        moments_B2CHW = torch.from_numpy(latents).to(self._device).float()
+        moments_B2CHW = torch.from_numpy(latents.stacked()).to(self._device).float()
+        text_BLD = torch.from_numpy(texts.stacked()).to(self._device).float()
+        mask_BL = torch.arange(text_BLD.shape[1])[None] < torch.from_numpy(texts.lengths)[:, None]
+        self._shapes[slots.bucket] = tuple(latents.array.shape[1:])
+        self._tokens, self._width = max(self._tokens, text_BLD.shape[1]), text_BLD.shape[2]
         return LatentBatch(
             ids_B=_ids(places).to(self._device),
             visits_B=self.samples.visits(slots).to(self._device),
             mean_BCHW=moments_B2CHW[:, 0],
             logvar_BCHW=moments_B2CHW[:, 1],
-            text_BLD=text_BLD.to(self._device).float(),
+            text_BLD=text_BLD,
             text_mask_BL=mask_BL.to(self._device),
             weights_B=_to(self.samples.weights(places), self._device),
         )
 
-    def _read_text(self, place: Place) -> NDArray[np.float16]:
-        width, num_bytes = self._text_width, place.shard.size_bytes(place.row, "text.npy")
-        tokens, rest = divmod(num_bytes - 128, 2 * width) if width else (0, 1)
-        out = np.empty((tokens, width), "<f2") if not rest and tokens > 0 else None
-        text = place.shard.read_array(place.row, "text.npy", out)
-        if text.dtype != np.float16 or text.ndim != 2 or (width and text.shape[1] != width):
-            raise BadData(
-                f"{place.shard.name(place.row, 'text.npy')} is {text.dtype} {text.shape}, needs "
-                f"float16 (tokens, {width or 'width'})."
-            )
-        self._text_width = text.shape[1]
-        return text
 
-    def _stack(
-        self,
-        bucket: str,
-        latents: NDArray[np.float16] | None,
-        loose: Sequence[NDArray[Any] | None],
-    ) -> NDArray[np.float16]:
-        """Put together what was read into its place and what was not."""
-        if latents is None:
-            latents = np.stack([array for array in loose if array is not None])
-            self._shapes[bucket] = latents.shape[1:]
-            return latents
-        for number, array in enumerate(loose):
-            if array is not None:
-                latents[number] = array
-        return latents
+class _Rows:
+    """The fp16 arrays of a batch, of which most are read into their places, padded with zeros."""
+
+    def __init__(self, size: int, shape: tuple[int, ...]) -> None:
+        self.array: NDArray[np.float16] = np.empty((size, *shape), "<f2")
+        self.lengths: NDArray[np.int64] = np.zeros(size, np.int64)
+        self._loose: dict[int, NDArray[np.float16]] = {}
+
+    def place(self, number: int, shape: tuple[int, ...] | None) -> NDArray[np.float16] | None:
+        """Say where to read an array of a shape; None if there is no room for it."""
+        if shape is None or not 0 < shape[0] <= self.array.shape[1]:
+            return None
+        return self.array[number, : shape[0]] if shape[1:] == self.array.shape[2:] else None
+
+    def keep(self, number: int, array: NDArray[np.float16]) -> None:
+        """Take note of what was read, wherever it was."""
+        self.lengths[number] = len(array)
+        if array.base is self.array:
+            self._loose.pop(number, None)
+        else:
+            self._loose[number] = array
+
+    def stacked(self) -> NDArray[np.float16]:
+        """Give all of them in one array, as long as the longest."""
+        longest = int(self.lengths.max())
+        inner = next(iter(self._loose.values()), self.array[0]).shape[1:]
+        if longest > self.array.shape[1] or inner != self.array.shape[2:]:
+            old, self.array = self.array, np.empty((len(self.array), longest, *inner), "<f2")
+            if inner == old.shape[2:]:
+                self.array[:, : old.shape[1]] = old
+        for number, array in self._loose.items():
+            self.array[number, : len(array)] = array
+        for number in np.flatnonzero(self.lengths < longest).tolist():
+            self.array[number, self.lengths[number] : longest] = 0
+        return self.array[:, :longest]
+
+
+def _check(place: Place, extension: str, array: NDArray[Any], shape: Sequence[int | None]) -> None:
+    fits = len(array.shape) == len(shape) and array.size > 0
+    if (
+        array.dtype != np.float16
+        or not fits
+        or any(need not in {None, got} for got, need in zip(array.shape, shape, strict=True))
+    ):
+        needs = ", ".join("any" if need is None else str(need) for need in shape)
+        raise BadData(
+            f"{place.shard.name(place.row, extension)} is {array.dtype} {array.shape}, needs "
+            f"float16 ({needs})."
+        )
 
 
 class PictureSource:
@@ -265,17 +288,6 @@ class PictureSource:
             pictures_BCHW=pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0,
             weights_B=_to(self.samples.weights(places), self._device),
         )
-
-
-def stack_texts(texts: Sequence[NDArray[np.float16]]) -> tuple[Tensor, Tensor]:
-    """Stack ``(L_i, D)`` text states to fp16 ``(B, L, D)``, zero-padded, and a mask ``(B, L)``."""
-    lengths = np.array([len(text) for text in texts])
-    out = np.empty((len(texts), lengths.max(), texts[0].shape[1]), np.float16)
-    for row, text in zip(out, texts, strict=True):
-        row[: len(text)] = text
-        row[len(text) :] = 0
-    mask = np.arange(out.shape[1])[None] < lengths[:, None]
-    return torch.from_numpy(out), torch.from_numpy(mask)
 
 
 def _ids(places: Sequence[Place]) -> Tensor:

@@ -19,7 +19,7 @@ from trainer.data.loader import Pace, micro_batches
 from trainer.data.manifest import list_encodings, load_manifest
 from trainer.data.opening import Dataset, Layout, make_law, open_readers
 from trainer.data.quarantine import Quarantine
-from trainer.data.sources import LatentSource, Samples, stack_texts
+from trainer.data.sources import LatentSource, Samples
 from trainer.data.stream import begin, step_slots
 from trainer.errors import BadInput
 from trainer.observe.jsonl import read_rows
@@ -87,15 +87,6 @@ def test_pictures_are_square_and_in_range_and_the_same_samples_as_the_latents(da
     assert batch.pictures_BCHW.shape == (20, 3, 32, 32)
     assert -1 <= batch.pictures_BCHW.min() < batch.pictures_BCHW.max() <= 1
     assert batch.visits_B.tolist() == [1] * 20
-
-
-def test_stacked_texts_keep_every_token():
-    texts = [np.random.default_rng(n).normal(size=(n, 3)).astype(np.float16) for n in (2, 5, 1)]
-    text_BLD, mask_BL = stack_texts(texts)
-    assert mask_BL.sum(1).tolist() == [2, 5, 1]
-    for row, text in enumerate(texts):
-        assert np.array_equal(text_BLD[row, : len(text)], text)
-        assert not text_BLD[row, len(text) :].any()
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from trainer.data.manifest import (
     save_manifest,
 )
 from trainer.data.null_text import NULL_TEXT, read_null_text
+from trainer.data.opening import Dataset, Layout, make_law
 from trainer.data.shards import Shard, read_index
-from trainer.data.sources import PictureSource
 from trainer.errors import BadInput
 from trainer.frozen import compose, freeze, thaw
 
@@ -121,7 +121,7 @@ def test_a_sample_without_a_caption_is_named(tmp_path, encoders):
     bare = sample(0)
     bare = bare._replace(members={"png": bare.members["png"]})
     dataset = publish(tmp_path / "data", [[bare, sample(1)]])
-    with pytest.raises(BadInput, match=f"00000.tar: {bare.key} has png; need a caption"):
+    with pytest.raises(BadInput, match=f"00000.tar: {bare.key} has no caption: need a .txt"):
         encode.run(config(dataset, encoders))
 
 
@@ -173,7 +173,7 @@ def test_a_dataset_without_samples_is_refused(tmp_path, encoders):
         with pytest.raises(BadInput, match="no samples: all of its 7 rows were rejected"):
             encode.run(config(tmp_path, encoders, dry_run=dry_run))
     with pytest.raises(BadInput, match="has no samples: there is nothing to train on"):
-        PictureSource(tmp_path, manifest, side_px=8)
+        make_law([Dataset(tmp_path, manifest, None)], Layout(seed=0))
 
 
 def cut(content):

@@ -16,11 +16,11 @@ from data_prep.verify import run as verify
 from tests import tiny_encoders
 from tests.foreign_tars import img2dataset_tar, picture, write_tar
 from tests.s3_server import BUCKET, S3Server, needs_s3
+from tests.streams import latents, load, pictures, size
 from tests.tiny_source import prepare_cfg
-from trainer.data.manifest import check_files, list_encodings, load_manifest
+from trainer.data.manifest import check_files, load_manifest
 from trainer.data.shards import Shard, key_ids, read_index
-from trainer.data.sources import LatentSource, PictureSource
-from trainer.data.tombstones import TOMBSTONE_SCHEMA, add_tombstones, save_state, weigh
+from trainer.data.tombstones import REMOVAL_SCHEMA, add_tombstones, save_state, weigh
 from trainer.errors import BadInput
 from trainer.frozen import compose
 
@@ -97,10 +97,8 @@ def test_every_row_is_kept_or_in_quarantine_and_the_folder_verifies(tars, datase
 
 def test_the_trainer_reads_the_folder(tars, dataset):
     index(tars, dataset)
-    source = PictureSource(dataset, load_manifest(dataset), side_px=16)
-    numbers = np.arange(source.num_samples)
-    batch = source.load(numbers, np.zeros_like(numbers))
-    source.close()
+    with pictures(dataset, side_px=16) as source:
+        batch = load(source, np.arange(size(source)))
     assert Counter(batch.ids_B.tolist()) == Counter(key_ids(list(samples_of(dataset))).tolist())
     assert batch.pictures_BCHW.shape == (2 * ROWS + 2, 3, 16, 16)
 
@@ -261,9 +259,8 @@ def test_samples_are_removed_by_the_ids_of_their_keys(tars, dataset):
     index(tars, dataset)
     gone = key_ids(["v1.0/a"]).view(np.uint64)
 
-    add_tombstones(
-        dataset, pa.table({"key": gone, "url": [None], "why": ["asked"]}, TOMBSTONE_SCHEMA)
-    )
+    removed = pa.table({"key": gone, "url": [None], "why": ["asked"]}, REMOVAL_SCHEMA)
+    add_tombstones(dataset, removed, version=1)
     save_state(dataset, weigh(dataset, load_manifest(dataset)), why="test")
     assert load_manifest(dataset).rows_live == 2 * ROWS + 1
     assert check(dataset) == 0
@@ -296,12 +293,9 @@ def test_an_encoding_has_the_keys_of_the_tars_and_captions_of_txt_or_json(tars, 
     ]
     assert encode(compose(EncodeConfig, "encode", words)) == 0
     assert check(dataset) == 0
-    (encoding,) = list_encodings(dataset)
-    source = LatentSource(dataset, encoding)
-    numbers = np.arange(source.num_samples)
-    batch = source.load(numbers, np.zeros_like(numbers))
-    source.close()
-    assert batch.ids_B.tolist() == key_ids(list(samples_of(dataset))).tolist()
+    with latents(dataset) as source:
+        batch = load(source, np.arange(size(source)))
+    assert Counter(batch.ids_B.tolist()) == Counter(key_ids(list(samples_of(dataset))).tolist())
 
 
 def test_braces_need_no_quotes_beyond_the_shells(tars, dataset):
