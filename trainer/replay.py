@@ -146,7 +146,7 @@ def quarantined(run: Path) -> dict[tuple[str, str], str]:
 
 
 def run_dataset(cfg: TrainConfig, folder: Path) -> Dataset:
-    """Open the manifests that a run reads of a dataset; its encoders are not asked for if possible."""
+    """Open the manifests that a run reads of a dataset; encoders are hashed only if they must."""
     manifest = load_manifest(folder)
     pictures = cfg.model.kind == "autoencoder_kl"
     return Dataset(folder, manifest, None if pictures else _encoding(cfg, folder, manifest))
