@@ -4,9 +4,11 @@ import hashlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.prepare import PHOTOS, painted
 from trainer.data.manifest import (
@@ -52,8 +54,8 @@ def latents(num: int) -> Iterator[dict[str, bytes]]:
     for _ in range(num):
         length = int(dice.integers(TEXT_TOKENS[0], TEXT_TOKENS[1], endpoint=True))
         yield {
-            "latent.npy": _npy(dice.standard_normal(LATENT_SHAPE, np.float32)),
-            "text.npy": _npy(dice.standard_normal((length, TEXT_WIDTH), np.float32)),
+            "latent.npy": npy(dice.standard_normal(LATENT_SHAPE, np.float32)),
+            "text.npy": npy(dice.standard_normal((length, TEXT_WIDTH), np.float32)),
         }
 
 
@@ -108,7 +110,8 @@ def _save(dataset: Path, shards: tuple[ShardEntry, ...], num: int) -> None:
     save_manifest(dataset, Manifest(shards=shards, rows_in=num, rows_kept=num, rejected={}))
 
 
-def _npy(array: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> bytes:
+def npy(array: NDArray[Any]) -> bytes:
+    """Store numbers as half floats."""
     file = BytesIO()
     np.save(file, array.astype(np.float16))
     return file.getvalue()

@@ -71,7 +71,7 @@ def pillow_square(content: bytes) -> NDArray[np.uint8]:
 
 def kiln_square(content: bytes) -> NDArray[np.uint8]:
     """Decode, resize and crop with Kiln's function."""
-    return decode_square(content, SIDE_PX, name="a picture")
+    return decode_square(bytes(content), SIDE_PX, name="a picture")
 
 
 DECODERS = {"own": pillow_square, "equal": kiln_square}

@@ -208,6 +208,18 @@ def test_a_storage_is_read_as_a_local_folder_is_with_and_without_a_cache(dataset
     assert cache.stats.misses == 3
 
 
+def test_a_shard_of_another_hash_never_gets_into_the_cache_nor_into_a_batch(dataset, tmp_path):
+    cache = Cache(tmp_path / "cache", max_bytes=10**9)
+    lost = spoil(tars(dataset)[1], "latent.npy", at=200)
+    with latents(dataset, cache=cache, log=tmp_path / "log", max_bad_frac=0.9) as source:
+        after = everything(source)
+    assert lost not in after
+    rows = read_rows(tmp_path / "log")
+    assert {row["shard"] for row in rows} == {str(tars(dataset)[1])}
+    assert all("sha256" in row["why"] for row in rows)
+    assert cache.stats.misses == 3
+
+
 def mixed(datasets, **options):
     found = [Dataset(path, load_manifest(path), list_encodings(path)[0]) for path in datasets]
     law = make_law(found, Layout(seed=3))
