@@ -23,9 +23,11 @@ from tests.s3_server import BUCKET, S3Server
 
 PEERS_PREFIX = Path(os.environ.get("KILN_PEERS", f"{sys.prefix}-peers"))
 PICTURES = int(os.environ.get("KILN_BENCH_PICTURES", "1024"))
-"""On disk, and on S3; of latents, as many on S3."""
+"""On disk."""
 LATENTS = int(os.environ.get("KILN_BENCH_LATENTS", "3072"))
 """On disk, where an epoch of fewer would be over at once."""
+FEW = int(os.environ.get("KILN_BENCH_FEW", "512"))
+"""Of each, on S3."""
 ROUNDS = int(os.environ.get("KILN_BENCH_REPETITIONS", "3"))
 BATCH, SIDE_PX = 32, 256
 LATENCY_S, BYTES_PER_S = 0.02, 100e6
@@ -167,7 +169,8 @@ class Runs:
     ) -> Epochs:
         job = self._job(question, system, workers, cache)
         found: Epochs = self.peers[system].ask(do="epochs", job=job, epochs=epochs)
-        expected = LATENTS if question.kind == "latents" and not question.remote else PICTURES
+        on_disk = LATENTS if question.kind == "latents" else PICTURES
+        expected = FEW if question.remote else on_disk
         assert all(samples == expected for samples, _ in found), (system, question, found)
         return found
 
@@ -181,7 +184,7 @@ class Runs:
         }
 
     def _where(self, question: Question, system: str) -> str:
-        few = "few-" if question.remote and question.kind == "latents" else ""
+        few = "few-" if question.remote else ""
         root = f"s3://{BUCKET}" if question.remote else str(self.folder)
         return f"{root}/{_name(system, few + question.kind)}"
 
@@ -191,7 +194,7 @@ def _name(system: str, data: str) -> str:
     if system == KILN:
         return data
     if system == "webdataset":
-        return f"{data}/shards" if data == "pictures" else f"{data}/encodings/{ENCODING}"
+        return f"{data}/encodings/{ENCODING}" if "latents" in data else f"{data}/shards"
     return f"{system.replace(' ', '-')}-{data}"
 
 
@@ -218,7 +221,8 @@ def make_data(folder: Path, peers: Mapping[str, Peer]) -> None:
     files = {data: folder / _name("Dataset of files", data) for data in _DATA}
     publish_pictures(folder / "pictures", files["pictures"], PICTURES)
     publish_latents(folder / "latents", files["latents"], LATENTS)
-    publish_latents(folder / "few-latents", files["few-latents"], PICTURES)
+    publish_pictures(folder / "few-pictures", files["few-pictures"], FEW)
+    publish_latents(folder / "few-latents", files["few-latents"], FEW)
     for system in ("mosaicml-streaming", "litdata"):
         for data, source in files.items():
             out = folder / _name(system, data)
@@ -227,7 +231,7 @@ def make_data(folder: Path, peers: Mapping[str, Peer]) -> None:
             assert not failed, (system, data)
 
 
-_DATA = ("pictures", "latents", "few-latents")
+_DATA = ("pictures", "latents", "few-pictures", "few-latents")
 
 
 @contextmanager
@@ -296,7 +300,7 @@ def main() -> None:
         for peer in peers.values():
             stack.callback(peer.close)
         make_data(folder, peers)
-        for data in ("pictures", "few-latents"):
+        for data in ("few-pictures", "few-latents"):
             for system in (KILN, "mosaicml-streaming", "litdata", "Dataset of files"):
                 upload(_name(system, data))
         runs = Runs(folder, peers)

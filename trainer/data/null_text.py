@@ -1,13 +1,13 @@
 """The text states of the empty caption, which every encoding has beside its shards."""
 
 import hashlib
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.manifest import REPAIR_ENCODING
+from trainer.data.npy import read_npy
 from trainer.errors import BadInput
 from trainer.place import read_bytes
 
@@ -35,13 +35,12 @@ def read_null_text(folder: Path, *, sha256: str | None = None) -> NDArray[np.flo
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise BadInput(f"{path} is damaged: its hash is not the encoding's. {REPAIR_ENCODING}")
     try:
-        states_LD: NDArray[np.float16] = np.load(BytesIO(content), allow_pickle=False)
+        states_LD: NDArray[np.float16] = read_npy(content)
         if states_LD.ndim != 2 or states_LD.dtype != np.float16 or not states_LD.size:
             found = f"{states_LD.dtype} of shape {states_LD.shape}, need float16 (tokens, width)"
             raise ValueError(found)
         if not np.isfinite(states_LD).all():
             raise ValueError("its numbers are not all finite")
-    # NumPy raises more than ValueError for headers that are broken in odd ways.
-    except Exception as error:
+    except ValueError as error:
         raise BadInput(f"{path} is damaged ({error}). {REPAIR_ENCODING}") from error
     return states_LD

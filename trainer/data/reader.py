@@ -1,6 +1,5 @@
 """Rows of a dataset by number: the shards they lie in, opened when first met, and their members."""
 
-import io
 import os
 import threading
 import time
@@ -9,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from trainer.data.cache import Cache
 from trainer.data.fetch import read_range
 from trainer.data.manifest import MANIFEST, Manifest, RowWeights, ShardEntry, load_manifest
+from trainer.data.npy import HEADER_BYTES, npy_header, read_npy
 from trainer.data.order import Int64s, Order
 from trainer.data.shards import key_ids, read_index
 from trainer.data.tombstones import live_rows, read_row_weights, removed_since
@@ -33,8 +33,6 @@ RELOAD_S = 60.0
 """How often to ask whether samples were removed meanwhile."""
 ANY = ""
 """The bucket of everything, where a dataset has no buckets."""
-NPY_HEADER_BYTES = 128
-"""What numpy pads the header of a small array to."""
 
 
 class Place(NamedTuple):
@@ -132,24 +130,28 @@ class OpenShard:
         Raises:
             BadData: As `read`; or the member is no array of numbers.
         """
-        offset, num_bytes = self._range(row, extension)
-        if (
-            out is not None
-            and self._file is not None
-            and num_bytes == NPY_HEADER_BYTES + out.nbytes
-        ):
-            header = bytearray(NPY_HEADER_BYTES)
-            found = os.preadv(self._file.fileno(), [header, out.data], offset)
-            if found == num_bytes and bytes(header) == _npy_header(out.dtype.str, out.shape):
-                return out
+        if out is not None and self._read_into(row, extension, out):
+            return out
         try:
-            return np.lib.format.read_array(
-                io.BytesIO(self.read(row, extension)), allow_pickle=False
-            )
+            return read_npy(self.read(row, extension))
         except BadData:
             raise
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise BadData(f"{self.name(row, extension)} is no array: {error}.") from error
+
+    def _read_into(self, row: int, extension: str, out: NDArray[Any]) -> bool:
+        """Read a member into its place; False if it is not just such an array."""
+        offset, num_bytes = self._range(row, extension)
+        if num_bytes != HEADER_BYTES + out.nbytes:
+            return False
+        expected = npy_header(out.dtype.str, out.shape)
+        if self._file is None:
+            content = self.read(row, extension)
+            out[...] = np.frombuffer(content, out.dtype, offset=HEADER_BYTES).reshape(out.shape)
+            return content[:HEADER_BYTES] == expected
+        header = bytearray(HEADER_BYTES)
+        found = os.preadv(self._file.fileno(), [header, out.data], offset)
+        return found == num_bytes and header == expected
 
     def name(self, row: int, extension: str) -> str:
         """Name a member for a message."""
@@ -198,21 +200,16 @@ class Reader:
         self._dataset, self._orders, self._keys_only = dataset, orders, keys_only
         self._version = removal_version
         self._shards_fingerprint = manifest.shards_fingerprint
-        self._weights = manifest.weights
+        self._weights, self.weighted = manifest.weights, manifest.rows_weighted > 0
         self._stamp, self._asked_s = _stamp(dataset), time.monotonic()
         self._open: OrderedDict[int, Future[OpenShard]] = OrderedDict()
         self._lock = threading.Lock()
-
-    @property
-    def weighted(self) -> bool:
-        """Whether any sample weighs less than others."""
-        return any(some.weighted for some in self._weights.values())
 
     def find(self, bucket: str, rows: Int64s) -> list[Place | BadData]:
         """Find rows of a bucket; shards that cannot be read give the error for each of theirs."""
         order = self._orders[bucket]
         shards = order.shard_of(rows)
-        inside = rows - (order.ends - order.counts)[shards]
+        inside = rows - order.ends[shards] + order.counts[shards]
         return [
             self._find(bucket, number, row)
             for number, row in zip(shards.tolist(), inside.tolist(), strict=True)
@@ -321,7 +318,8 @@ class Reader:
                 "of the samples would not continue. Put them back, or begin another run=."
             )
         before: dict[str, RowWeights] = self._weights
-        self._stamp, self._weights = stamp, manifest.weights
+        self._stamp = stamp
+        self._weights, self.weighted = manifest.weights, manifest.rows_weighted > 0
         for number, entry in enumerate(self.entries):
             if before.get(entry.number) != self._weights.get(entry.number):
                 self._open.pop(number, None)
@@ -345,11 +343,3 @@ def _stamp(dataset: Path) -> tuple[float, int] | None:
     except FileNotFoundError:  # a command that changes the dataset is at work
         return None
     return stat.st_mtime, stat.st_size
-
-
-@lru_cache(maxsize=4096)
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    facts = {"descr": dtype, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, facts)
-    return header.getvalue()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from trainer.data.decode import decode_square
 from trainer.data.index import PICTURES
+from trainer.data.npy import HEADER_BYTES
 from trainer.data.quarantine import Quarantine
-from trainer.data.reader import NPY_HEADER_BYTES, Place, Reader
+from trainer.data.reader import Place, Reader
 from trainer.data.stream import Law, Slots
 from trainer.errors import BadData, BadInput
 from trainer.place import NUM_REQUESTS, is_local
@@ -186,7 +187,7 @@ class LatentSource:
             row, shard = place.row, place.shard
             latent = shard.read_array(row, "latent.npy", latents.place(number, shape))
             _check(place, "latent.npy", latent, shape or (2, None, None, None))
-            num_numbers, rest = divmod(shard.size_bytes(row, "text.npy") - NPY_HEADER_BYTES, 2)
+            num_numbers, rest = divmod(shard.size_bytes(row, "text.npy") - HEADER_BYTES, 2)
             tokens, more = divmod(num_numbers, self._width or 1)
             whole = None if rest or more else (tokens, self._width)
             text = shard.read_array(row, "text.npy", texts.place(number, whole))

@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from trainer.data.manifest import Manifest, RowWeights, ShardEntry, save_manifest
+from trainer.data.npy import read_npy
 from trainer.data.publish import file_sha256, publish_bytes, published
 from trainer.data.shards import key_ids, read_index
 from trainer.errors import BadInput
-from trainer.place import remove
+from trainer.place import read_bytes, remove
 
 TOMBSTONES = "tombstones.parquet"
 CLUSTER_WEIGHTS = "weights.parquet"
@@ -193,9 +194,7 @@ def read_row_weights(
             f"weighted since, or it is damaged. Start again; if that does not help: "
             f"{REPAIR_WEIGHTS}"
         )
-    with path.open("rb") as file:
-        weights: NDArray[np.float32] = np.lib.format.read_array(file, allow_pickle=False)
-    return weights
+    return read_npy(read_bytes(path))
 
 
 def live_rows(weights: NDArray[np.float32], version: int) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 import io
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 
 import numpy as np
@@ -17,6 +18,7 @@ from trainer.data import reader as reader_module
 from trainer.data.cache import Cache
 from trainer.data.loader import Pace, micro_batches
 from trainer.data.manifest import list_encodings, load_manifest
+from trainer.data.npy import read_npy
 from trainer.data.opening import Dataset, Layout, make_law, open_readers
 from trainer.data.quarantine import Quarantine
 from trainer.data.sources import LatentSource, Samples
@@ -217,7 +219,7 @@ def test_a_shard_of_another_hash_never_gets_into_the_cache_nor_into_a_batch(data
     rows = read_rows(tmp_path / "log")
     assert {row["shard"] for row in rows} == {str(tars(dataset)[1])}
     assert all("sha256" in row["why"] for row in rows)
-    assert cache.stats.misses == 3
+    assert cache.stats.misses == len(list((tmp_path / "cache").glob("*-*"))) == 2
 
 
 def mixed(datasets, **options):
@@ -311,3 +313,22 @@ def test_a_sample_without_a_picture_is_replaced(tmp_path):
     with pictures(dataset, side_px=16, log=tmp_path / "log") as source:
         assert dead not in everything(source)
     assert "does not decode" in read_rows(tmp_path / "log")[0]["why"]
+
+
+def test_headers_of_arrays_are_parsed_in_many_threads_at_once():
+    contents = []
+    for length in range(1, 400):
+        file = io.BytesIO()
+        np.save(file, np.full((length, 3), length, np.float16))
+        contents.append(file.getvalue())
+    with ThreadPoolExecutor(16) as threads:
+        for length, array in enumerate(threads.map(read_npy, contents * 5)):
+            assert np.array_equal(array, np.full((length % 399 + 1, 3), length % 399 + 1))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\x10\x00{'descr': 'O'   }"]
+)
+def test_what_is_no_array_of_numbers_is_a_value_error(content):
+    with pytest.raises(ValueError):  # noqa: PT011 - the words are numpy's
+        read_npy(content)
