@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,7 @@ from trainer.data.manifest import (
 from trainer.data.shards import Sample
 from trainer.frozen import compose
 from trainer.models.fingerprint import identify
-from trainer.observe.accounts import totals
 from trainer.observe.jsonl import read_rows
-from trainer.observe.ledger import Bucket
 
 SHARDS, SHARD_ROWS = 8, 750
 IMAGES = 1600
@@ -83,19 +82,22 @@ def publish(dataset: Path) -> None:
     )
 
 
-def wait_frac(dataset: Path) -> float:
-    """Train as the demo does; give the share of the steps' time that went into waiting."""
+def wait(dataset: Path) -> tuple[float, float]:
+    """Train as the demo does.
+
+    Returns:
+        The share of the steps' time that went into waiting for data, from the second step on, and
+        the seconds that the first step waited.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         words = [f"data.dataset={dataset}", f"run={run}", f"total_images={IMAGES}"]
-        quiet = ["logging.wandb=off", "logging.quiet=true"]
+        quiet = ["logging.wandb=off", "logging.quiet=true", "logging.every_steps=1"]
         command = [sys.executable, "-m", "trainer.cli", "train", *words, *quiet]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        found = totals(read_rows(run / "ledger.jsonl"))
-    waited, worked = (
-        found["train", bucket].seconds for bucket in (Bucket.DATA_STALL, Bucket.PRODUCTIVE)
-    )
-    return waited / (waited + worked)
+        first, *others = read_rows(run / "metrics.jsonl")
+    waited_s = sum(row["time/data_wait_s"] for row in others)
+    return waited_s / (others[-1]["time_unix_s"] - first["time_unix_s"]), first["time/data_wait_s"]
 
 
 def main() -> None:
@@ -103,15 +105,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "dataset"
         publish(dataset)
-        case = Case(
+        starts: list[float] = []
+
+        def later_steps() -> float:
+            frac, first_s = wait(dataset)
+            starts.append(first_s)
+            return frac
+
+        case = partial(
+            Case,
             case=f"the demo's network on 2 ranks, {IMAGES:,} images",
             system="kiln",
-            metric="share of a step spent waiting for data",
-            unit="frac",
-            run=lambda: wait_frac(dataset),
             packages=("torch", "deepspeed"),
         )
-        rows = measure([case], repetitions=3, warmups=1)
+        rows = measure(
+            [
+                case(metric="share of a step spent waiting", unit="frac", run=later_steps),
+                case(metric="wait of the first step", unit="s", run=starts.pop),
+            ],
+            repetitions=3,
+            warmups=1,
+        )
     write_result(
         "data_wait",
         question=str(__doc__),

@@ -326,7 +326,7 @@ class Jobs:
             import_module(system)
 
     def run(self, job: Job, epochs: int) -> Any:
-        """Run epochs of a job; it stays open."""
+        """Run epochs of a job, which stays open; None if its process died."""
         before = _shared_memory()
         if job not in self._running:
             ours, theirs = self._context.Pipe()
@@ -336,9 +336,14 @@ class Jobs:
             self._running[job] = process, ours, set()
         _, pipe, prefixes = self._running[job]
         pipe.send(epochs)
-        found = pipe.recv()
+        try:
+            found = pipe.recv()
+        except EOFError:
+            found = None
         if not prefixes:
             prefixes.update(name[:7] for name in _shared_memory() - before)
+        if found is None:
+            self.close(job)
         return found
 
     def close(self, job: Job) -> None:

@@ -1,7 +1,6 @@
 """Fetches the shards of a rank's streams into the node's cache, one window ahead of their use."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 import numpy as np
 
@@ -50,13 +49,6 @@ class Scout:
             entry = reader.entries[number]
             self._fetching.append(self._threads.submit(reader.fetch, entry))
 
-    def __enter__(self) -> "Scout":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Wait for the downloads that have begun, and begin no more."""
         self._threads.shutdown(wait=True, cancel_futures=True)

@@ -36,7 +36,8 @@ def micro_batches(source: Source, state: State, pace: Pace) -> Iterator[Batch]:
     step it has trained on, whatever was read ahead.
     """
     with ExitStack() as stack:
-        scout = stack.enter_context(Scout(source.samples, rank=pace.rank, world=pace.world))
+        scout = Scout(source.samples, rank=pace.rank, world=pace.world)
+        stack.callback(scout.close)
         threads = stack.enter_context(ThreadPoolExecutor(pace.threads, "stream"))
         ahead: deque[Future[Batch]] = deque()
         stack.callback(lambda: [waiting.cancel() for waiting in ahead])
