@@ -1,7 +1,7 @@
-"""Kiln's side of the stream benchmark: one epoch of batches, opened anew as a command opens it."""
+"""Kiln's side of the stream benchmark: epochs of batches."""
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -21,36 +21,30 @@ SEED, THREADS, PREFETCH_BATCHES = 0, 2, 4
 CACHE_BYTES = 10**10
 
 
-def kiln_latents(where: str, *, cache: Path, epoch: int, batch: int) -> Iterator[Batch]:
-    """Iterate the batches of an epoch of the latents of a dataset.
+@contextmanager
+def kiln(
+    where: str, *, kind: str, cache: Path, batch: int, side_px: int
+) -> Iterator[Callable[[int], Iterator[Batch]]]:
+    """Open a dataset; gives what iterates the batches of an epoch.
 
     Args:
         where: Folder or URL of the dataset.
+        kind: 'pictures' or 'latents'.
         cache: Folder of the node's cache; empty before the first epoch of a cold run.
-        epoch: 0 for the first.
-        batch: Samples in a batch.
-    """
-    folder = place(where)
-    encoding = load_encoding(encoding_folder(folder, ENCODING))
-    source = LatentSource(_samples(Dataset(folder, load_manifest(folder), encoding), cache))
-    return _epoch(source, epoch, batch)
-
-
-def kiln_pictures(
-    where: str, *, cache: Path, epoch: int, batch: int, side_px: int
-) -> Iterator[Batch]:
-    """Iterate the batches of an epoch of the pictures of a dataset, as `kiln_latents` does.
-
-    Args:
-        where: Folder or URL of the dataset.
-        cache: Folder of the node's cache.
-        epoch: 0 for the first.
         batch: Samples in a batch.
         side_px: Pictures are resized and cropped to squares of this side.
     """
+    torch.set_num_threads(1)
     folder = place(where)
-    samples = _samples(Dataset(folder, load_manifest(folder), None), cache)
-    return _epoch(PictureSource(samples, side_px=side_px), epoch, batch)
+    manifest = load_manifest(folder)
+    source: Source
+    if kind == "latents":
+        encoding = load_encoding(encoding_folder(folder, ENCODING))
+        source = LatentSource(_samples(Dataset(folder, manifest, encoding), cache))
+    else:
+        source = PictureSource(_samples(Dataset(folder, manifest, None), cache), side_px=side_px)
+    with closing(source.samples):
+        yield lambda epoch: _epoch(source, epoch, batch)
 
 
 def _samples(dataset: Dataset, cache: Path) -> Samples:
@@ -61,10 +55,9 @@ def _samples(dataset: Dataset, cache: Path) -> Samples:
 
 
 def _epoch(source: Source, epoch: int, batch: int) -> Iterator[Batch]:
-    torch.set_num_threads(1)
     (order,) = source.samples.law.orders[0].values()
     first = epoch * order.num_rows
     state = State(first, (1,), (Tally(first, (0,)),))
-    pace = Pace(0, 1, batch, batch, THREADS, PREFETCH_BATCHES)
-    with closing(source.samples), closing(micro_batches(source, state, pace)) as batches:  # type: ignore[type-var]
+    batches = micro_batches(source, state, Pace(0, 1, batch, batch, THREADS, PREFETCH_BATCHES))
+    with closing(batches):  # type: ignore[type-var]
         yield from islice(batches, order.num_rows // batch)

@@ -7,7 +7,7 @@ import numpy as np
 from trainer.data.sources import Samples
 from trainer.data.stream import Slots
 
-FETCHERS = 2
+FETCHERS = 4
 """Downloads of one rank at the same time; each is one connection."""
 
 

@@ -244,13 +244,14 @@ def load_manifest(dataset: Path) -> Manifest:
         BadInput: There is none (the dataset is unfinished), or it is not one.
     """
     path = dataset / MANIFEST
-    if not path.exists():
+    try:
+        manifest = _load(Manifest, path, REPAIR)
+    except (FileNotFoundError, NotADirectoryError) as error:
         state = "is unfinished: it has no manifest.json" if dataset.exists() else "is not there"
         raise BadInput(
             f"the dataset {dataset} {state}. `kiln prepare rows=... dataset={dataset}` or "
             f"`kiln index tars=... dataset={dataset}` makes or finishes it."
-        )
-    manifest = _load(Manifest, path, REPAIR)
+        ) from error
     kept = sum(shard.count for shard in manifest.shards)
     if kept != manifest.rows_kept or manifest.rows_in != kept + manifest.rows_rejected:
         raise BadInput(
@@ -284,9 +285,12 @@ def load_encoding(folder: Path) -> Encoding:
         BadInput: There is none (the encoding is unfinished), or it does not add up.
     """
     path = folder / ENCODING
-    if not path.exists():
-        raise BadInput(f"{folder} is no finished encoding: it has no {ENCODING}. {REPAIR_ENCODING}")
-    encoding = _load(Encoding, path, REPAIR_ENCODING)
+    try:
+        encoding = _load(Encoding, path, REPAIR_ENCODING)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadInput(
+            f"{folder} is no finished encoding: it has no {ENCODING}. {REPAIR_ENCODING}"
+        ) from error
     expected = [shard.count for shard in encoding.shards]
     found = [sum(counts) for counts in zip_longest(*encoding.bucket_counts.values(), fillvalue=0)]
     if found != expected:

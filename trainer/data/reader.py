@@ -22,7 +22,7 @@ from trainer.data.fetch import read_range
 from trainer.data.manifest import MANIFEST, Manifest, RowWeights, ShardEntry, load_manifest
 from trainer.data.npy import HEADER_BYTES, npy_header, read_npy
 from trainer.data.order import Int64s, Order
-from trainer.data.shards import key_ids, read_index
+from trainer.data.shards import key_ids, parse_index, read_index
 from trainer.data.tombstones import live_rows, read_row_weights, removed_since
 from trainer.errors import BadData, BadInput
 from trainer.place import is_local
@@ -201,7 +201,8 @@ class Reader:
         self._version = removal_version
         self._shards_fingerprint = manifest.shards_fingerprint
         self._weights, self.weighted = manifest.weights, manifest.rows_weighted > 0
-        self._stamp, self._asked_s = _stamp(dataset), time.monotonic()
+        self._stamp: tuple[float, int] | None = None
+        self._asked_s = time.monotonic()
         self._open: OrderedDict[int, Future[OpenShard]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -248,10 +249,11 @@ class Reader:
         return str(self.entries[number].tar(self.folder))
 
     def fetch(self, entry: ShardEntry) -> None:
-        """Bring a tar into the cache; that it cannot be had is said when its samples are read."""
+        """Bring a shard into the cache; that it cannot be had is said when its samples are read."""
         assert self.cache is not None
-        tar = entry.tar(self.folder)
         with suppress(BadData):
+            self._cached_index(self.cache, entry).close()
+            tar = entry.tar(self.folder)
             self.cache.open(tar, num_bytes=entry.bytes, sha256=entry.content_sha256).close()
 
     def close(self) -> None:
@@ -268,7 +270,7 @@ class Reader:
 
     def _open_shard(self, entry: ShardEntry) -> OpenShard:
         tar = entry.tar(self.folder)
-        index = _index(entry.index(self.folder))
+        index = self._index(entry)
         if index.num_rows != entry.count:
             raise BadData(
                 f"{entry.index(self.folder)} has {index.num_rows} rows, the manifest says "
@@ -281,6 +283,22 @@ class Reader:
             self._row_weights(entry),
             removal_version=self._version,
         )
+
+    def _index(self, entry: ShardEntry) -> pa.Table:
+        path = entry.index(self.folder)
+        try:
+            if self.cache is None:
+                return read_index(path)
+            with self._cached_index(self.cache, entry) as file:
+                return parse_index(file.read(), path)
+        except BadData:
+            raise
+        except BadInput as error:
+            raise BadData(str(error)) from error
+
+    def _cached_index(self, cache: Cache, entry: ShardEntry) -> BinaryIO:
+        path = entry.index(self.folder)
+        return cache.open(path, num_bytes=entry.index_bytes, sha256=entry.index_sha256)
 
     def _file(self, tar: Path, entry: ShardEntry) -> BinaryIO | None:
         if self._keys_only:
@@ -323,13 +341,6 @@ class Reader:
         for number, entry in enumerate(self.entries):
             if before.get(entry.number) != self._weights.get(entry.number):
                 self._open.pop(number, None)
-
-
-def _index(path: Path) -> pa.Table:
-    try:
-        return read_index(path)
-    except BadInput as error:
-        raise BadData(str(error)) from error
 
 
 def _numbers(index: pa.Table, name: str) -> Int64s:

@@ -122,8 +122,19 @@ def read_index(
         file = _mapped(path) if is_local(path) else pa.BufferReader(read_bytes(path))
     except FileNotFoundError as error:
         raise BadInput(f"{path} is not there. {repair}") from error
+    return parse_index(file, path, columns=columns, repair=repair)
+
+
+def parse_index(
+    file: Any,  # noqa: ANN401 - pyarrow has no types
+    path: Path,
+    *,
+    columns: Collection[str] | None = None,
+    repair: str = REPAIR,
+) -> pa.Table:
+    """Do what `read_index` does with an opened file, or with bytes; `path` is for errors."""
     try:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(pa.BufferReader(file) if isinstance(file, bytes) else file)
         there = parquet.schema_arrow.names
         return parquet.read([name for name in there if columns is None or name in columns])
     except (pa.ArrowInvalid, OSError) as error:

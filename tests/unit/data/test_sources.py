@@ -207,7 +207,7 @@ def test_a_storage_is_read_as_a_local_folder_is_with_and_without_a_cache(dataset
             assert ids(got) == ids(expected)
             assert torch.equal(got.mean_BCHW, expected.mean_BCHW)
             assert torch.equal(got.text_BLD, expected.text_BLD)
-    assert cache.stats.misses == 3
+    assert cache.stats.misses == 3 + 3  # tars and their indexes
 
 
 def test_a_shard_of_another_hash_never_gets_into_the_cache_nor_into_a_batch(dataset, tmp_path):
@@ -219,7 +219,7 @@ def test_a_shard_of_another_hash_never_gets_into_the_cache_nor_into_a_batch(data
     rows = read_rows(tmp_path / "log")
     assert {row["shard"] for row in rows} == {str(tars(dataset)[1])}
     assert all("sha256" in row["why"] for row in rows)
-    assert cache.stats.misses == len(list((tmp_path / "cache").glob("*-*"))) == 2
+    assert cache.stats.misses == len(list((tmp_path / "cache").glob("*-*"))) == 2 + 3
 
 
 def mixed(datasets, **options):
@@ -240,7 +240,7 @@ def test_two_datasets_with_equal_names_of_shards_do_not_meet_in_the_cache(tmp_pa
     first, second = plain.load(slots), kept.load(slots)
     assert torch.equal(first.mean_BCHW, second.mean_BCHW)
     assert Counter(slots.members.tolist()) == {0: 12, 1: 12}
-    assert cache.stats.misses == 4
+    assert cache.stats.misses == 4 + 4
     for source in (plain, kept):
         source.samples.close()
 
@@ -293,7 +293,7 @@ def test_the_shards_of_the_next_window_are_fetched_before_they_are_needed(tmp_pa
         order = source.samples.law.orders[0]["32x32"]
         soon = {*order.shards_in((0, 0), np.arange(2)), *order.shards_in((0, 1), np.arange(2))}
         batches.close()  # waits for what is being fetched
-    assert cache.stats.misses <= len(soon) < 8
+    assert cache.stats.misses <= 2 * len(soon) < 2 * 8
 
 
 def test_more_streams_than_shards_are_refused_with_a_number_that_works(dataset):
