@@ -25,7 +25,8 @@ from trainer.data.decode import decode_square
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
 SIDE_PX = 256
-NUM_PICTURES = 12
+NUM_PICTURES, NUM_JUDGED = 12, 60
+"""Whose speed is measured, and whose quality is: that differs more between pictures."""
 GRAIN = 3.0
 """Standard deviation of the noise on the enlarged photographs, which had lost theirs."""
 SIDES_PX = {
@@ -53,14 +54,14 @@ Rgb = NDArray[np.uint8]
 Decode = Callable[[bytes], Rgb]
 
 
-def photographs() -> list[Image.Image]:
+def photographs(num_pictures: int) -> list[Image.Image]:
     """Read real photographs, where they lie beside the checkout; else make up some."""
     files = sorted(PHOTOS.glob("*.jpg"))
     if files:
-        step = len(files) // NUM_PICTURES
-        return [Image.open(file).convert("RGB") for file in files[::step][:NUM_PICTURES]]
+        step = len(files) // num_pictures
+        return [Image.open(file).convert("RGB") for file in files[::step][:num_pictures]]
     random = np.random.default_rng(0)
-    rough = random.integers(0, 256, (NUM_PICTURES, 40, 30, 3), np.uint8)
+    rough = random.integers(0, 256, (num_pictures, 40, 30, 3), np.uint8)
     return [Image.fromarray(each).resize((400, 533), Image.Resampling.BICUBIC) for each in rough]
 
 
@@ -204,8 +205,8 @@ def claims_of(case: str, speed: Sequence[Row], quality: Sequence[Row]) -> list[C
 def main() -> None:
     """Measure and write the result."""
     cv2.setNumThreads(1)
-    photos = photographs()
-    squares = [ImageOps.fit(photo, (min(photo.size),) * 2) for photo in photos]
+    photos, judged = photographs(NUM_PICTURES), photographs(NUM_JUDGED)
+    squares = [ImageOps.fit(photo, (min(photo.size),) * 2) for photo in judged]
     rows: list[Row] = []
     claims: list[Claim] = []
     for kind, sides_px in SIDES_PX.items():

@@ -282,11 +282,11 @@ class PictureSource:
             decode_square(content, side_px, name=name, out=pictures_BHWC[number])
 
         places = self.samples.read(slots, read)
-        pictures = torch.from_numpy(pictures_BHWC).to(self._device)
+        pictures = torch.from_numpy(pictures_BHWC).to(self._device).float().div_(127.5).sub_(1.0)
         return PictureBatch(
             ids_B=_ids(places).to(self._device),
             visits_B=self.samples.visits(slots).to(self._device),
-            pictures_BCHW=pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0,
+            pictures_BCHW=pictures.permute(0, 3, 1, 2),
             weights_B=_to(self.samples.weights(places), self._device),
         )
 
