@@ -1,6 +1,7 @@
 """Tell a picture's format from its first bytes, and from its structure whether it is whole."""
 
 import contextlib
+import struct
 
 from PIL import Image
 
@@ -11,6 +12,9 @@ _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _BARE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # JPEG markers without a length
 _START_OF_SCAN = b"\xff\xda"
+_BASELINE = 0xC0
+# Tables, comments, and application data other than Exif (E1) and Adobe's (EE).
+_HARMLESS_SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xEE)})
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"eXIf", b"IDAT", b"IEND"})
 _STARTS = (
     (_JPEG_START, "jpeg"),
@@ -65,6 +69,25 @@ def jpeg_scans(body: bytes) -> int:
         else:
             at += 2 + int.from_bytes(body[at + 2 : at + 4], "big")
     return 0
+
+
+def plain_jpeg_size(body: bytes) -> tuple[int, int] | None:
+    """Read width and height of the commonest kind of JPEG without a library; None for all others.
+
+    That is: baseline, 8 bits, grey or three colours, and no Exif or Adobe segment, which might say
+    that the picture is turned or its colours are others.
+    """
+    at = 2
+    while body[:2] == b"\xff\xd8" and at + 10 <= len(body) and body[at] == 0xFF:
+        marker, num_bytes = body[at + 1], int.from_bytes(body[at + 2 : at + 4], "big")
+        if marker == _BASELINE:
+            bits, height, width, colours = struct.unpack_from(">BHHB", body, at + 4)
+            plain = bits == 8 and colours in {1, 3} and width and height
+            return (width, height) if plain else None
+        if marker not in _HARMLESS_SEGMENTS:
+            return None
+        at += 2 + num_bytes
+    return None
 
 
 def essential_png(body: bytes) -> bytes | None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from trainer.data.decode import decode_bgr, decode_square
+from trainer.data.structure import plain_jpeg_size
 from trainer.errors import BadData
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos"
@@ -249,3 +250,30 @@ def test_a_jpeg_of_endless_scans_is_refused():
     at = body.rindex(b"\xff\xda")
     with pytest.raises(BadData, match="more than 100 scans"):
         decode_square(body[:at] + body[at:-2] * 120 + body[-2:], 8, name="bomb")
+
+
+@given(
+    width=st.integers(1, 300),
+    height=st.integers(1, 300),
+    mode=st.sampled_from(["L", "RGB", "CMYK"]),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "progressive": st.just(True),
+            "exif": st.just(b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
+            "comment": st.just(b"hello"),
+            "icc_profile": st.just(bytes(1000)),
+            "dpi": st.just((72, 72)),
+        },
+    ),
+)
+def test_the_size_of_a_plain_jpeg_is_what_pillow_says_and_others_are_left_to_it(
+    width, height, mode, options
+):
+    file = io.BytesIO()
+    Image.new(mode, (width, height)).save(file, "JPEG", **options)
+    special = mode == "CMYK" or {"progressive", "exif"} & set(options)
+    found = plain_jpeg_size(file.getvalue())
+    assert found == (None if special else (width, height))
+    for end in range(0, len(file.getvalue()), 7):
+        assert plain_jpeg_size(file.getvalue()[:end]) in {None, found}
