@@ -19,7 +19,7 @@ from trainer.data.quarantine import Quarantine
 from trainer.data.sources import Batch, LatentSource, PictureSource, Samples, Source
 from trainer.data.stream import Law, State
 from trainer.data.tars import list_tars
-from trainer.datasets import begin, find_datasets, find_law, weights_of
+from trainer.datasets import begin, find_law, weights_of
 from trainer.runtime.comm import Comm
 
 
@@ -106,21 +106,27 @@ class ForeignFeed:
         )
 
 
-def check_feed(cfg: TrainConfig, saved: Mapping[str, Any] | None, *, files: bool = False) -> None:
+def check_feed(
+    cfg: TrainConfig,
+    datasets: Sequence[Dataset],
+    saved: Mapping[str, Any] | None,
+    *,
+    files: bool = False,
+) -> None:
     """Refuse what the ranks would refuse, before they are started.
 
     Args:
         cfg: Of the run.
+        datasets: Of the run; none where webdataset reads.
         saved: State of the stream in the run's checkpoint, if there is one.
         files: Also ask for every file of the datasets, and its size.
 
     Raises:
-        BadInput: The datasets are not there or damaged, or the stream would not continue.
+        BadInput: Files are not there or damaged, or the stream would not continue.
     """
     if cfg.data.reader == "webdataset":
         list_tars(cfg.data.dataset)
         return
-    datasets = find_datasets(cfg)
     law = find_law(cfg, datasets, saved)
     begin(law, weights_of(cfg.data), saved)
     if files:

@@ -11,7 +11,7 @@ from pathlib import Path
 from trainer.command import run_command
 from trainer.config import TrainConfig
 from trainer.data.publish import publish_json
-from trainer.datasets import dataset_places
+from trainer.datasets import dataset_places, find_datasets
 from trainer.errors import BadInput
 from trainer.feed import check_feed
 from trainer.place import storage
@@ -38,12 +38,13 @@ def run(cfg: TrainConfig) -> int:
     with ExitStack() as stack:
         for where in dataset_places(cfg.data):
             stack.enter_context(storage(where))
-        check_feed(cfg, None)
+        datasets = find_datasets(cfg)
+        check_feed(cfg, datasets, None)
         with locked(folder):
             changes = config_changes(folder, cfg)
             newest = newest_valid(folder / "checkpoints")
             state = read_state(newest) if newest else None
-            check_feed(cfg, state.stream if state else None, files=state is None)
+            check_feed(cfg, datasets, state.stream if state else None, files=state is None)
             for line in changes:
                 log.warning("changed since the run began: %s", line)
             freeze_config(folder, cfg)

@@ -8,7 +8,7 @@ from trainer.data.sources import Samples
 from trainer.data.stream import Slots
 
 FETCHERS = 4
-"""Downloads of one rank at the same time; each is one connection."""
+"""Files that a rank downloads at the same time; each in several pieces at once."""
 
 
 class Scout:

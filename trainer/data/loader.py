@@ -54,10 +54,7 @@ def micro_slots(source: Source, state: State, pace: Pace, scout: Scout) -> Itera
         slots = step_slots(law, state, pace.global_batch_images)
         mine = rank_slots(law, slots, rank=pace.rank, world=pace.world)
         scout.note(mine)
-        for part in np.split(np.arange(len(mine.positions)), _parts(mine, pace)):
+        num_parts = len(mine.positions) // pace.micro_batch_images
+        for part in np.split(np.arange(len(mine.positions)), num_parts):
             yield Slots(mine.bucket, mine.members[part], mine.positions[part])
         state = advance(law, state, pace.global_batch_images)
-
-
-def _parts(mine: Slots, pace: Pace) -> int:
-    return len(mine.positions) // pace.micro_batch_images

@@ -28,7 +28,7 @@ from trainer.errors import BadData, BadInput
 from trainer.place import is_local
 
 MAX_OPEN = 512
-"""Shards of a dataset that stay open: each needs a file and about 40 bytes a sample."""
+"""Shards of a dataset that stay open: each needs a file, and its index in memory."""
 RELOAD_S = 60.0
 """How often to ask whether samples were removed meanwhile."""
 ANY = ""

@@ -106,7 +106,7 @@ class State:
     samples: int
     """Samples given out."""
     shares: tuple[int, ...]
-    """Of each member; of what they add up to."""
+    """Of each member: whole numbers whose ratios are those of the weights."""
     tallies: tuple[Tally, ...]
     """Of each bucket of the law."""
 
