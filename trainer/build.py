@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,22 +11,40 @@ from torch import Tensor, nn
 
 from trainer.config import (
     AutoencoderModelConfig,
-    FlowConfig,
     OptimConfig,
     ReconstructionConfig,
     TrainConfig,
-    VpConfig,
+)
+from trainer.config_diffusion import (
+    DenoisingConfig,
+    ExplodingProcessConfig,
+    FlowProcessConfig,
+    ProcessConfig,
+    SubVpProcessConfig,
+    TimesConfig,
+    VpProcessConfig,
 )
 from trainer.data.manifest import encoding_folder
 from trainer.data.null_text import read_null_text
 from trainer.data.opening import Dataset
 from trainer.datasets import find_datasets
-from trainer.diffusion.process import Process, RectifiedFlow, VpScaledLinear
+from trainer.diffusion.objective import Weight, denoising_loss, score_matching_loss
+from trainer.diffusion.parameterization import Parameterization
+from trainer.diffusion.process import Process
+from trainer.diffusion.processes import (
+    Edm,
+    RectifiedFlow,
+    SubVariancePreserving,
+    VarianceExploding,
+    VariancePreserving,
+    VpTable,
+)
+from trainer.diffusion.times import log_normal_times, logit_normal_times, uniform_times
 from trainer.feed import Feed, open_feed
 from trainer.loop import Objective, Parts, Progress
 from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
-from trainer.objectives import LatentObjective, ReconstructionObjective
+from trainer.objectives import LatentObjective, Loss, ReconstructionObjective
 from trainer.plan import Plan
 from trainer.runtime.checkpoint import TrainState, load, newest_valid, read_state
 from trainer.runtime.comm import Comm
@@ -132,18 +151,30 @@ def build_model(cfg: TrainConfig) -> nn.Module:
     return model
 
 
-def build_process(cfg: FlowConfig | VpConfig) -> Process:
-    """Make the diffusion process and its parameterization."""
-    match cfg:
-        case FlowConfig():
-            return RectifiedFlow(logit_mean=cfg.logit_mean, logit_std=cfg.logit_std)
-        case VpConfig():
-            return VpScaledLinear(
-                prediction=cfg.prediction,
-                num_steps=cfg.num_steps,
-                beta_start=cfg.beta_start,
-                beta_end=cfg.beta_end,
-            )
+def build_parameterization(cfg: DenoisingConfig) -> Parameterization:
+    """Make the diffusion process, and what the network predicts on it."""
+    return Parameterization(_process(cfg.process), cfg.prediction, cfg.sigma_data)
+
+
+def build_loss(cfg: DenoisingConfig) -> Loss:
+    """Make the loss of a batch of latents."""
+    parameterization = build_parameterization(cfg)
+    if cfg.loss == "squared_error":
+        weight = Weight(cfg.weight.kind, cfg.weight.gamma, cfg.weight.k, cfg.weight.bias)
+        return partial(denoising_loss, parameterization, weight=weight)
+    weighted = cfg.loss == "likelihood"
+    return partial(score_matching_loss, parameterization, likelihood_weighting=weighted)
+
+
+def training_times(cfg: TimesConfig, process: Process) -> Callable[[Tensor], Tensor]:
+    """Return uniform draws -> times."""
+    match cfg.kind:
+        case "uniform":
+            return partial(uniform_times, process, shift=cfg.shift)
+        case "logit_normal":
+            return partial(logit_normal_times, mean=cfg.mean, std=cfg.std, shift=cfg.shift)
+        case "log_normal":
+            return partial(log_normal_times, process, mean=cfg.mean, std=cfg.std)
 
 
 def learning_rate(cfg: OptimConfig, total_images: int) -> Callable[[int], float]:
@@ -163,6 +194,26 @@ def learning_rate(cfg: OptimConfig, total_images: int) -> Callable[[int], float]
     return rate
 
 
+def _process(cfg: ProcessConfig) -> Process:
+    match cfg:
+        case FlowProcessConfig():
+            return RectifiedFlow()
+        case VpProcessConfig():
+            return _preserving(cfg)
+        case SubVpProcessConfig():
+            return SubVariancePreserving(cfg.beta_start, cfg.beta_end)
+        case ExplodingProcessConfig():
+            exploding = VarianceExploding if cfg.kind == "ve" else Edm
+            return exploding(cfg.sigma_min, cfg.sigma_max)
+
+
+def _preserving(cfg: VpProcessConfig) -> Process:
+    betas = (cfg.betas, cfg.beta_start, cfg.beta_end)
+    if cfg.num_levels is None:
+        return VariancePreserving(*betas, zero_terminal_snr=cfg.zero_terminal_snr)
+    return VpTable(*betas, num_levels=cfg.num_levels, zero_terminal_snr=cfg.zero_terminal_snr)
+
+
 def _first_stage(cfg: TrainConfig) -> Objective:
     assert isinstance(cfg.objective, ReconstructionConfig)
     assert isinstance(cfg.model, AutoencoderModelConfig)
@@ -178,7 +229,7 @@ def _first_stage(cfg: TrainConfig) -> Objective:
 
 
 def _second_stage(cfg: TrainConfig, dataset: Dataset, comm: Comm) -> tuple[Objective, str]:
-    assert isinstance(cfg.objective, FlowConfig | VpConfig)
+    assert isinstance(cfg.objective, DenoisingConfig)
     encoding = dataset.encoding
     assert encoding is not None
 
@@ -187,7 +238,8 @@ def _second_stage(cfg: TrainConfig, dataset: Dataset, comm: Comm) -> tuple[Objec
 
     null_text_LD = read_null_text(encoding_folder(dataset.folder, encoding.fingerprint))
     objective = LatentObjective(
-        build_process(cfg.objective),
+        build_loss(cfg.objective),
+        training_times(cfg.objective.times, build_parameterization(cfg.objective).process),
         seed=cfg.seed,
         latent_mean_C=numbers(encoding.facts["latent_mean"]),
         latent_std_C=numbers(encoding.facts["latent_std"]),

@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.config_data import DataConfig
+from trainer.config_diffusion import DenoisingConfig, Fraction
 from trainer.frozen import config
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @config
@@ -152,38 +151,6 @@ ModelConfig = Annotated[
 
 
 @config
-class FlowConfig:
-    """Rectified flow (Liu et al. 2022; Esser et al. 2024): straight paths, velocity prediction."""
-
-    kind: Literal["flow"]
-    """Selects this process."""
-    logit_mean: float
-    """Mean of logit(t) in training; t=1 is noise."""
-    logit_std: PositiveFloat
-    """Standard deviation of logit(t)."""
-    caption_dropout: Fraction
-    """Share of captions replaced by the empty one, for classifier-free guidance."""
-
-
-@config
-class VpConfig:
-    """Variance-preserving diffusion on Stable Diffusion's scaled-linear schedule."""
-
-    kind: Literal["vp"]
-    """Selects this process."""
-    prediction: Literal["eps", "v"]
-    """What the network predicts."""
-    num_steps: PositiveInt
-    """Discrete noise levels."""
-    beta_start: PositiveFloat
-    """First beta."""
-    beta_end: PositiveFloat
-    """Last beta."""
-    caption_dropout: Fraction
-    """Share of captions replaced by the empty one, for classifier-free guidance."""
-
-
-@config
 class ReconstructionConfig:
     """The autoencoder's objective: squared and absolute error plus a small KL term."""
 
@@ -199,9 +166,7 @@ class ReconstructionConfig:
     """Share of the pictures that are learned whole all the same."""
 
 
-ObjectiveConfig = Annotated[
-    FlowConfig | VpConfig | ReconstructionConfig, Field(discriminator="kind")
-]
+ObjectiveConfig = Annotated[DenoisingConfig | ReconstructionConfig, Field(discriminator="kind")]
 
 
 @config
@@ -332,7 +297,7 @@ class TrainConfig:
         """Refuse values that contradict each other."""
         trains_autoencoder = self.model.kind == "autoencoder_kl"
         if trains_autoencoder != (self.objective.kind == "reconstruction"):
-            need = "reconstruction" if trains_autoencoder else "flow or vp"
+            need = "reconstruction" if trains_autoencoder else "flow or vp_v"
             raise ValueError(
                 f"model.kind={self.model.kind} cannot be trained with "
                 f"objective.kind={self.objective.kind}. Try objective={need}."

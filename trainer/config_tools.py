@@ -1,41 +1,93 @@
 """What the commands on a finished run may be told: frozen dataclasses."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from trainer.config import Fraction
+from trainer.config_diffusion import Fraction
 from trainer.frozen import config
+
+
+@config
+class ChurnConfig:
+    """Noise that euler and heun add before each step (Karras et al. 2022, algorithm 2)."""
+
+    amount: NonNegativeFloat
+    """S_churn, divided over the steps; 0 adds none."""
+    min_ratio: NonNegativeFloat
+    """S_tmin: only where sigma / alpha is at least this."""
+    max_ratio: PositiveFloat
+    """S_tmax."""
+    noise_scale: PositiveFloat
+    """S_noise."""
 
 
 @config
 class SamplingConfig:
     """How pictures are drawn from noise."""
 
-    solver: Literal["ddim", "heun"]
-    """ddim: one network evaluation a step (Euler for flows); heun: two, second order."""
+    solver: Literal[
+        "ddpm",
+        "ddim",
+        "euler_maruyama",
+        "predictor_corrector",
+        "euler",
+        "heun",
+        "dpm_2m",
+        "dpm_sde",
+        "unipc",
+        "dopri5",
+    ]
+    """ddpm: ancestral. ddim: with eta. euler_maruyama: the reverse SDE; predictor_corrector: with
+    Langevin steps. euler, heun (two evaluations a step), dpm_2m (DPM-Solver++), unipc: the ODE;
+    dpm_sde: its stochastic sibling. dopri5: the ODE with steps of its own, to a tolerance."""
     num_steps: PositiveInt
-    """Steps from noise to picture."""
+    """Steps from noise to picture; dopri5 takes as many as it needs."""
+    grid: Literal["uniform", "trailing", "karras", "log_snr"]
+    """Where the steps lie: evenly in time (trailing: all steps alike; uniform: to the least time,
+    then to 0), evenly in (sigma / alpha)^(1/7), or in log(sigma / alpha)."""
     time_shift: PositiveFloat
-    """1 spaces the steps evenly; above 1 spends more of them near the noise."""
+    """1 spaces the steps evenly; above 1 spends more near the noise. For uniform and trailing."""
+    first_time: Annotated[float, Field(gt=0, le=1)]
+    """Where pure noise is put: 1, or just below for solvers that cannot begin there."""
+    eta: Fraction
+    """Of ddim: share of the noise that is renewed in each step."""
+    churn: ChurnConfig
+    """Of euler and heun."""
+    tolerance: PositiveFloat
+    """Of dopri5: error of a step, relative and absolute."""
     guidance_scale: NonNegativeFloat
     """Classifier-free guidance; 1 is none, more follows the caption more closely."""
     guidance_rescale_frac: Fraction
     """How far a guided estimate is brought back to the contrast of the unguided one."""
     guidance_interval: tuple[Fraction, Fraction]
     """Times (low, high] that are guided; 1 is noise, 0 the picture."""
+    guidance_split: bool
+    """Two passes of a batch instead of one of twice its size: half the memory."""
+    negative: str
+    """What the pictures should not show; empty for classifier-free guidance as it was trained."""
     seed: NonNegativeInt
     """With the caption's number it decides the first noise."""
     batch_images: PositiveInt
     """Pictures per pass through the network."""
 
     def __post_init__(self) -> None:
-        """Refuse an empty interval."""
+        """Refuse what contradicts itself."""
         low, high = self.guidance_interval
         if low >= high:
             raise ValueError(
                 f"guidance_interval=[{low}, {high}] holds no time: the first must be the smaller. "
                 "Try [0.0, 1.0]."
+            )
+        if self.time_shift != 1 and self.grid in {"karras", "log_snr"}:
+            raise ValueError(
+                f"time_shift={self.time_shift:g} moves evenly spaced times, but grid={self.grid}. "
+                "Try time_shift=1 or grid=trailing."
+            )
+        if self.negative and self.guidance_scale == 1:
+            raise ValueError(
+                f"negative={self.negative!r} works through guidance, and guidance_scale=1 is none. "
+                "Try guidance_scale=4."
             )
 
 

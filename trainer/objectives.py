@@ -1,12 +1,17 @@
 """From a micro-batch to one loss per sample: draws that belong to the sample, then the network."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from trainer.data.sources import LatentBatch, PictureBatch
 from trainer.diffusion import philox
-from trainer.diffusion.objective import denoising_loss, reconstruction_loss
-from trainer.diffusion.process import Process, like
+from trainer.diffusion.objective import Predict, reconstruction_loss
+from trainer.diffusion.process import like
+
+Loss = Callable[[Predict, Tensor, Tensor, Tensor], Tensor]
+"""(network, x0, noise, times) -> one number per sample."""
 
 # Shape suffixes: B samples, C latent channels, H W rows and columns, L text tokens, D text width.
 
@@ -16,7 +21,8 @@ class LatentObjective:
 
     def __init__(
         self,
-        process: Process,
+        loss: Loss,
+        times: Callable[[Tensor], Tensor],
         *,
         seed: int,
         latent_mean_C: Tensor,
@@ -27,14 +33,16 @@ class LatentObjective:
         """Take what does not change between batches.
 
         Args:
-            process: Path and parameterization.
+            loss: Of latents, noise and times.
+            times: Uniform draws in (0, 1) -> times.
             seed: Keys all draws, together with sample ids and visits.
             latent_mean_C: Means of the latents over the dataset, per channel.
             latent_std_C: Their standard deviations; the network sees normalised latents.
             null_text_LD: States of the empty caption.
             caption_dropout: Share of captions replaced by it.
         """
-        self._process, self._seed, self._caption_dropout = process, seed, caption_dropout
+        self._loss, self._times = loss, times
+        self._seed, self._caption_dropout = seed, caption_dropout
         self._shift, self._scale = latent_mean_C[:, None, None], latent_std_C[:, None, None]
         self._null_text_LD = null_text_LD
 
@@ -54,8 +62,7 @@ class LatentObjective:
             out: Tensor = model(x_t, time_B, text_BLD, mask_BL)
             return out
 
-        t_B = self._process.training_time(u_B)
-        loss_B = denoising_loss(self._process, predict, x0_BCHW, noise_BCHW, t_B)
+        loss_B = self._loss(predict, x0_BCHW, noise_BCHW, self._times(u_B))
         return _weigh(loss_B, batch.weights_B)
 
     def _drop_captions(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:

@@ -13,15 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer.build import build_process
+from trainer.build import build_parameterization
 from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
 from trainer.config_tools import SamplingConfig
 from trainer.data.manifest import encoding_folder, load_manifest
 from trainer.data.null_text import read_null_text
-from trainer.diffusion import philox
-from trainer.diffusion.guidance import classifier_free
-from trainer.diffusion.process import Process
-from trainer.diffusion.solvers import SOLVERS, Denoise, times
+from trainer.diffusion.parameterization import Parameterization
+from trainer.drawing import check_sampling, draw_latents
 from trainer.encoded import matching_encoding
 from trainer.errors import BadInput
 from trainer.frozen import read_yaml
@@ -45,7 +43,7 @@ class Sampler:
     state: TrainState
     """Where the training of the weights stood."""
     model: nn.Module
-    process: Process
+    parameterization: Parameterization
     autoencoder: Autoencoder
     text: TextEncoder
     null_text_LD: Tensor
@@ -78,6 +76,7 @@ class Sampler:
         Returns:
             ``(N, H, W, 3)`` uint8 RGB.
         """
+        check_sampling(self.parameterization, sampling)
         texts = [state_LD.to(self.device) for state_LD in self.text.encode(captions)]
         size = sampling.batch_images
 
@@ -121,36 +120,26 @@ class Sampler:
         on_steps: Callable[[int], None],
     ) -> Tensor:
         """Return normalised latents."""
-        ids_B = torch.tensor(list(numbers), device=self.device)
-        x_BCHW = philox.normals(
-            sampling.seed,
-            ids_B,
-            torch.zeros_like(ids_B),
-            purpose=philox.NOISE,
-            shape=self.latent_shape,
-        )
-        denoise = classifier_free(
-            self._denoise(*pad_texts(texts)),
-            self._denoise(*pad_texts([self.null_text_LD] * len(texts))),
-            scale=sampling.guidance_scale,
-            rescale_frac=sampling.guidance_rescale_frac,
-            interval=sampling.guidance_interval,
-        )
-        t = times(sampling.num_steps, shift=sampling.time_shift)
-        for latents in SOLVERS[sampling.solver](self.process, denoise, x_BCHW, t):
-            x_BCHW = latents
-            on_steps(len(texts))
-        return x_BCHW
-
-    def _denoise(self, text_BLD: Tensor, mask_BL: Tensor) -> Denoise:
+        unwanted_LD = self.null_text_LD
+        if sampling.negative:
+            (unwanted_LD,) = self.text.encode([sampling.negative])
+        # Padded together, so that both halves have one shape.
+        text_BLD, mask_BL = pad_texts([*texts, *[unwanted_LD] * len(texts)])
         text_BLD, mask_BL = text_BLD.to(self.device), mask_BL.to(self.device)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            time_B = self.process.network_time(t).to(x).expand(len(x))
-            prediction = self.model(x, time_B, text_BLD, mask_BL)
-            return self.process.data(prediction, x, t)
-
-        return denoise
+        count = len(texts)
+        x_BCHW = torch.empty(0)
+        for latents in draw_latents(
+            self.model,
+            self.parameterization,
+            (text_BLD[:count], mask_BL[:count]),
+            (text_BLD[count:], mask_BL[count:]),
+            numbers=numbers,
+            shape=self.latent_shape,
+            cfg=sampling,
+        ):
+            x_BCHW = latents
+            on_steps(count)
+        return x_BCHW
 
 
 def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
@@ -181,7 +170,7 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
         cfg=cfg,
         state=state,
         model=model.to(where).eval(),
-        process=build_process(cfg.objective),
+        parameterization=build_parameterization(cfg.objective),
         autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(where),
         text=load_text_encoder(cfg.encoders.text).to(where),
         null_text_LD=torch.from_numpy(null_text_LD).float(),

@@ -1,135 +1,48 @@
 """How data turns into noise: x_t = alpha(t) x0 + sigma(t) eps for t in [0, 1], 1 being noise.
 
-A process also says what its network predicts. Everything here is elementwise in t; `like` lines
-up one time per sample with a batch.
+A process is a pair of functions with their derivatives (`trainer.diffusion.processes` has them);
+everything else that the literature asks of one follows here: the log-SNR, the forward SDE
+dx = f x dt + g dw, its reverse, and the probability-flow ODE (Song et al. 2021,
+https://arxiv.org/abs/2011.13456).
 """
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-MAX_NETWORK_TIME = 1000.0  # what diffusers' sinusoidal time embeddings are made for
+_BISECTIONS = 64
 
 
 class Process(Protocol):
-    """A Gaussian path from data to noise, and the network's parameterization on it."""
+    """A Gaussian path from data to noise."""
+
+    @property
+    def min_time(self) -> float:
+        """Smallest time worth visiting: solvers jump from there to t = 0 in one step."""
+
+    @property
+    def num_levels(self) -> int | None:
+        """Times i / N, i = 1 ... N, are the only ones that are trained; None for all times."""
+
+    @property
+    def explodes(self) -> bool:
+        """Whether x_t grows with the noise, so that a network's input must be scaled down."""
 
     def alpha(self, t: Tensor) -> Tensor:
         """Return the data's factor at times in [0, 1]."""
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Return the noise's factor at times in [0, 1]."""
+        """Return the noise's factor at times in [0, 1]; 0 at t = 0."""
 
-    def training_time(self, u: Tensor) -> Tensor:
-        """Map uniform draws in (0, 1) to training times."""
+    def alpha_rate(self, t: Tensor) -> Tensor:
+        """Return d alpha / dt."""
+
+    def sigma_rate(self, t: Tensor) -> Tensor:
+        """Return d sigma / dt; infinite at t = 0 where sigma rises like a square root."""
 
     def network_time(self, t: Tensor) -> Tensor:
         """Map times to the network's time input, in [0, 1000]."""
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return what the network should predict; t broadcasts with x0."""
-
-    def data(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the x0 that a prediction at x_t means; t broadcasts with x_t, and t > 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class RectifiedFlow:
-    """Straight paths, x_t = (1 - t) x0 + t eps; the network predicts the velocity eps - x0.
-
-    Liu et al. 2022; the logit-normal training times are Esser et al. 2024, section 3.1.
-    """
-
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-
-    def alpha(self, t: Tensor) -> Tensor:
-        """Return 1 - t."""
-        return 1 - t
-
-    def sigma(self, t: Tensor) -> Tensor:
-        """Return t."""
-        return t
-
-    def training_time(self, u: Tensor) -> Tensor:
-        """Return logit-normal times."""
-        return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
-
-    def network_time(self, t: Tensor) -> Tensor:
-        """Return 1000 t."""
-        return t * MAX_NETWORK_TIME
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity."""
-        return noise - x0
-
-    def data(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return x_t - t v."""
-        return x_t - t * prediction
-
-
-class VpScaledLinear:
-    """Stable Diffusion's variance-preserving process: sqrt(beta) rises linearly over N levels.
-
-    Level i of the published table (i = 0 ... N-1) lies at t = (i + 1) / N; t = 0 is clean data.
-    Between levels log(alpha_bar) is interpolated linearly, so every t in [0, 1] has a value.
-    """
-
-    def __init__(
-        self,
-        *,
-        prediction: Literal["eps", "v"] = "eps",
-        num_steps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-    ) -> None:
-        self.prediction = prediction
-        self.num_steps = num_steps
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2
-        steps = torch.log1p(-betas).cumsum(0)
-        self._log_alpha_bar = torch.cat([steps.new_zeros(1), steps])
-
-    def alpha(self, t: Tensor) -> Tensor:
-        """Return sqrt(alpha_bar)."""
-        return torch.exp(0.5 * self._log_alpha_bar_at(t)).to(t.dtype)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        """Return sqrt(1 - alpha_bar)."""
-        return torch.sqrt(-torch.expm1(self._log_alpha_bar_at(t))).to(t.dtype)
-
-    def training_time(self, u: Tensor) -> Tensor:
-        """Return one of the N levels, each as likely as the others."""
-        return (torch.floor(u * self.num_steps) + 1).clamp(max=self.num_steps) / self.num_steps
-
-    def network_time(self, t: Tensor) -> Tensor:
-        """Return the level, scaled to the usual 1000 where N is not 1000."""
-        level = (t * self.num_steps - 1).clamp(min=0)
-        return level * (MAX_NETWORK_TIME / self.num_steps)
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return eps, or v = alpha eps - sigma x0 (Salimans & Ho 2022)."""
-        if self.prediction == "eps":
-            return noise
-        return self.alpha(t) * noise - self.sigma(t) * x0
-
-    def data(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the x0 that eps or v means."""
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        if self.prediction == "eps":
-            return (x_t - sigma * prediction) / alpha
-        return alpha * x_t - sigma * prediction
-
-    def _log_alpha_bar_at(self, t: Tensor) -> Tensor:
-        """Return log(alpha_bar) in float64."""
-        table = self._log_alpha_bar.to(t.device)
-        # A float32 k/N misses level k by some 1e-5 of a level; take it for level k.
-        place = (t.double() * self.num_steps).clamp(0, self.num_steps)
-        nearest = place.round()
-        place = torch.where((place - nearest).abs() < 1e-4, nearest, place)
-        low = place.floor().long().clamp(max=self.num_steps - 1)
-        return torch.lerp(table[low], table[low + 1], place - low)
 
 
 def like(values_B: Tensor, x: Tensor) -> Tensor:
@@ -137,11 +50,73 @@ def like(values_B: Tensor, x: Tensor) -> Tensor:
     return values_B.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def scales(process: Process, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return alpha and sigma at t, which broadcasts with x, in x's dtype and on its device."""
+    t = t.double()
+    return process.alpha(t).to(x), process.sigma(t).to(x)
+
+
 def diffuse(process: Process, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Return x_t; t broadcasts with x0."""
-    return process.alpha(t) * x0 + process.sigma(t) * noise
+    alpha, sigma = scales(process, t, x0)
+    return alpha * x0 + sigma * noise
 
 
 def noise_of(process: Process, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """Return the eps that carries x0 to x_t; needs t > 0."""
-    return (x_t - process.alpha(t) * x0) / process.sigma(t)
+    alpha, sigma = scales(process, t, x_t)
+    return (x_t - alpha * x0) / sigma
+
+
+def score_of(process: Process, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Return the score of x_t whose denoised estimate is x0 (Tweedie's formula); needs t > 0."""
+    alpha, sigma = scales(process, t, x_t)
+    return (alpha * x0 - x_t) / sigma.square()
+
+
+def log_snr(process: Process, t: Tensor) -> Tensor:
+    """Return log(alpha^2 / sigma^2): +inf for clean data, -inf for pure noise."""
+    return 2 * (torch.log(process.alpha(t)) - torch.log(process.sigma(t)))
+
+
+def time_at(process: Process, log_snr_: Tensor) -> Tensor:
+    """Return float64 times in [0, 1] of these log-SNRs, by bisection; the nearer end else."""
+    low = torch.zeros_like(log_snr_, dtype=torch.float64)
+    high = torch.ones_like(low)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        clean = log_snr(process, middle) > log_snr_
+        low, high = torch.where(clean, middle, low), torch.where(clean, high, middle)
+    return high
+
+
+def drift(process: Process, t: Tensor) -> Tensor:
+    """Return f of the forward SDE dx = f x dt + g dw; infinite where alpha is 0."""
+    return process.alpha_rate(t) / process.alpha(t)
+
+
+def diffusion(process: Process, t: Tensor) -> Tensor:
+    """Return g of the forward SDE; infinite where alpha is 0."""
+    sigma, f = process.sigma(t), drift(process, t)
+    return torch.sqrt(2 * sigma * (process.sigma_rate(t) - f * sigma))
+
+
+def reverse_drift(process: Process, x: Tensor, score: Tensor, t: Tensor) -> Tensor:
+    """Return the drift of the reverse SDE, f x - g^2 score, for t that falls (Anderson 1982)."""
+    t = t.double()
+    return drift(process, t).to(x) * x - diffusion(process, t).square().to(x) * score
+
+
+def probability_flow(process: Process, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Return dx/dt of the ODE with the SDE's marginals, f x - g^2 score / 2; needs t > 0.
+
+    Written as alpha' x0 + sigma' eps, which stays finite where f and g do not.
+    """
+    eps, t = noise_of(process, x0, x_t, t), t.double()
+    return process.alpha_rate(t).to(x_t) * x0 + process.sigma_rate(t).to(x_t) * eps
+
+
+def prior_std(process: Process) -> float:
+    """Return the standard deviation of x_1 for data of zero mean and unit variance."""
+    one = torch.ones((), dtype=torch.float64)
+    return float(torch.hypot(process.alpha(one), process.sigma(one)))

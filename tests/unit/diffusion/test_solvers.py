@@ -1,156 +1,242 @@
-"""Laws of the solvers and of guidance, and equality with diffusers' schedulers."""
+"""Laws of the solvers: orders, laws of what they draw, and the ends."""
+
+import math
+from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from trainer.diffusion.guidance import classifier_free, combine
-from trainer.diffusion.process import RectifiedFlow, VpScaledLinear
-from trainer.diffusion.solvers import SOLVERS, ddim, heun, times
+from tests.gaussians import (
+    NORMAL,
+    PROCESSES,
+    TWO,
+    draws,
+    energy_distance,
+    exact_flow_of_normal,
+    last,
+    normals,
+)
+from trainer.diffusion.solvers import (
+    SOLVERS,
+    Churn,
+    ddim,
+    dopri5,
+    euler,
+    euler_maruyama,
+    heun,
+)
+from trainer.diffusion.times import grid
 
-FLOW, EPS, V = RectifiedFlow(), VpScaledLinear(), VpScaledLinear(prediction="v")
-MEAN, STD = 1.5, 0.3
-
-
-def last(steps):
-    *_, x = steps
-    return x
-
-
-def gaussian_oracle(process):
-    """E[x0 | x_t] where the data are N(MEAN, STD^2)."""
-
-    def denoise(x, t):
-        alpha, sigma = process.alpha(t), process.sigma(t)
-        gain = alpha * STD**2 / ((alpha * STD) ** 2 + sigma**2)
-        return MEAN + gain * (x - alpha * MEAN)
-
-    return denoise
-
-
-def exact_end(process, x):
-    """The probability-flow ODE of a Gaussian is affine: it keeps the standardised value."""
-    one = torch.ones((), dtype=torch.float64)
-    alpha, sigma = process.alpha(one), process.sigma(one)
-    return MEAN + STD * (x - alpha * MEAN) / torch.sqrt((alpha * STD) ** 2 + sigma**2)
+OF_SDE = {"euler_maruyama", "predictor_corrector"}
+EXPLODING = {"ve", "edm"}
+ENDS_IN_NOISE = {"flow", "vp_cosine", "vp_zero_snr", "table_zero_snr"}
+over_processes = pytest.mark.parametrize("name", PROCESSES)
+over_solvers = pytest.mark.parametrize("solver", SOLVERS)
 
 
-def noise(*shape, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+# Two samples of 2,000 differ by up to some 3e-3; a sample moved by 0.1 differs by 1.4e-2.
+SAME_LAW = 6e-3
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("process", [FLOW, EPS], ids=["flow", "vp"])
-def test_noise_becomes_the_law_whose_denoiser_is_given(name, process):
-    one = torch.ones((), dtype=torch.float64)
-    alpha, sigma = process.alpha(one), process.sigma(one)  # at t = 1 VP still holds some data
-    x = alpha * MEAN + torch.sqrt((alpha * STD) ** 2 + sigma**2) * noise(4000)
-    end = last(SOLVERS[name](process, gaussian_oracle(process), x, times(400)))
-    assert abs(end.mean() - MEAN) < 0.03
-    assert abs(end.std() - STD) < 0.015
+def first_time(solver, name):
+    return 0.999 if solver in OF_SDE and name in ENDS_IN_NOISE else 1.0
 
 
-def error(solver, process, num_steps):
-    x = noise(500)
-    end = last(solver(process, gaussian_oracle(process), x, times(num_steps)))
-    return float((end - exact_end(process, x)).abs().max())
+def run(solver, process, data, x, t):
+    return last(solver(process, data.denoiser(process), x, t, draws(x)))
 
 
-def test_ddim_is_of_first_order_and_heun_of_a_higher_one():
-    assert 1.7 < error(ddim, FLOW, 40) / error(ddim, FLOW, 80) < 2.4
-    assert error(heun, FLOW, 40) / error(heun, FLOW, 80) > 3
-    assert error(heun, FLOW, 40) < error(ddim, FLOW, 80)  # at equal cost
-    assert error(heun, EPS, 80) < error(ddim, EPS, 80)
-    assert error(heun, EPS, 160) < error(heun, EPS, 80) / 1.7
+@over_processes
+@over_solvers
+def test_noise_becomes_the_law_whose_denoiser_is_given(solver, name):
+    process, first = PROCESSES[name], first_time(solver, name)
+    x = TWO.start(process, 2000, first=first)
+    num_steps = 240 if solver in OF_SDE else 100
+    t = grid(process, "karras" if name in EXPLODING else "uniform", num_steps, first=first)
+    end = run(SOLVERS[solver], process, TWO, x, t)
+    assert energy_distance(end, TWO.draw(2000, seed=99)) < SAME_LAW
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("process", [FLOW, EPS, V], ids=["flow", "eps", "v"])
-def test_a_denoiser_that_knows_the_answer_is_believed(name, process):
-    answer = noise(2, 3)
-    end = last(SOLVERS[name](process, lambda x, t: answer, torch.ones(2, 3).double(), times(7)))
-    torch.testing.assert_close(end, answer, rtol=0, atol=1e-12)
-
-
-def test_a_solver_yields_once_a_step_and_keeps_float32():
-    steps = list(heun(FLOW, lambda x, t: 0.5 * x, noise(2, dtype=torch.float32), times(5)))
-    assert len(steps) == 5
-    assert all(x.dtype == torch.float32 for x in steps)
-
-
-def test_shifted_times_keep_their_ends_and_stay_longer_in_the_noise():
-    plain, shifted = times(10), times(10, shift=3.0)
-    assert (shifted[0], shifted[-1]) == (1, 0)
-    assert (shifted[1:-1] > plain[1:-1]).all()
-
-
-def network(x, t):
-    """Some smooth function of both arguments, standing in for a network."""
-    return torch.tanh(0.7 * x + 0.001 * t) - 0.2 * x
+def slope(errors):
+    """Of log(error) against log(steps), over the last doubling; steps double."""
+    return math.log2(errors[-2] / errors[-1])
 
 
 @pytest.mark.parametrize(
-    ("process", "prediction_type"), [(EPS, "epsilon"), (V, "v_prediction")], ids=["eps", "v"]
+    ("solver", "kind", "orders"),
+    [
+        ("ddim", "log_snr", (0.85, 1.3)),
+        ("euler", "log_snr", (0.85, 1.3)),
+        ("heun", "log_snr", (1.85, 2.3)),
+        ("dpm_2m", "log_snr", (1.85, 2.3)),
+        ("unipc", "log_snr", (2.6, 3.4)),  # the corrector adds one to UniPC-2's order
+        ("heun", "karras", (1.85, 2.3)),
+        ("dpm_2m", "karras", (1.85, 2.3)),
+    ],
 )
-def test_ddim_equals_diffusers(process, prediction_type):
-    theirs = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        clip_sample=False,
-        timestep_spacing="trailing",
+@over_processes
+def test_solvers_of_the_flow_converge_at_their_order(solver, kind, orders, name):
+    """Where the flow is known exactly: but for the last step, which ends at the mean of x0."""
+    process = PROCESSES[name]
+    x = NORMAL.start(process, 100)
+    errors = []
+    for num_steps in (80, 160, 320):
+        t = grid(process, kind, num_steps)
+        *_, before, _ = SOLVERS[solver](process, NORMAL.denoiser(process), x, t, draws(x))
+        alpha, sigma = process.alpha(t[-2]), process.sigma(t[-2])
+        std = torch.sqrt((alpha * NORMAL.stds[0]) ** 2 + sigma**2)
+        place = (exact_flow_of_normal(NORMAL, process, x) - NORMAL.means[0]) / NORMAL.stds[0]
+        errors.append(float((before - alpha * NORMAL.means[0] - std * place).abs().max()))
+    assert orders[0] < slope(errors) < orders[1], errors
+
+
+def law_of_the_end(solver, process, t):
+    """Mean and variance of what a solver makes of exact noise for normal data, without drawing.
+
+    For such data every step is affine in x and in the draws, so that runs with one unit at a time
+    give all coefficients.
+    """
+    num_draws = 2 * len(t)
+    x = torch.zeros(num_draws + 2, 1, dtype=torch.float64)
+    x[1] = 1
+
+    def draw(k):
+        unit = torch.zeros_like(x)
+        unit[k + 2] = 1
+        return unit
+
+    end = last(solver(process, ONE_D.denoiser(process), x, t, draw))[:, 0]
+    factors = end[1:] - end[0]
+    alpha, sigma = process.alpha(t[0]), process.sigma(t[0])
+    mean = end[0] + factors[0] * alpha * ONE_D.means[0, 0]
+    variance = factors[0] ** 2 * ((alpha * ONE_D.stds[0]) ** 2 + sigma**2)
+    return float(mean), float(variance + factors[1:].square().sum())
+
+
+ONE_D = type(NORMAL)([[1.5]], [0.6])
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "euler_maruyama", "predictor_corrector", "dpm_sde"])
+@pytest.mark.parametrize("name", ["vp_linear", "sub_vp", "edm", "flow"])
+def test_stochastic_solvers_converge_to_the_law_at_their_weak_order(solver, name):
+    process, first = PROCESSES[name], first_time(solver, name)
+    errors = []
+    for num_steps in (50, 100, 200, 400):
+        t = grid(process, "karras", num_steps, first=first)
+        mean, variance = law_of_the_end(SOLVERS[solver], process, t)
+        errors.append(abs(variance - 0.36) + abs(mean - 1.5))
+    assert errors[-1] < 0.02, errors
+    assert errors[-1] < errors[0] / (6 if solver == "dpm_sde" else 3), errors
+
+
+@over_processes
+@over_solvers
+def test_a_denoiser_that_knows_the_answer_is_believed(solver, name):
+    process, first = PROCESSES[name], first_time(solver, name)
+    answer = normals(2, 3)
+    t = grid(process, "log_snr", 7, first=first)
+    end = last(
+        SOLVERS[solver](process, lambda x, t: answer, normals(2, 3, seed=3), t, draws(answer))
     )
-    theirs.set_timesteps(20)
-    x = want = noise(2, 4, 8, 8, dtype=torch.float32)
-    for t in theirs.timesteps:
-        want = theirs.step(network(want, float(t)), t, want).prev_sample
-
-    def denoise(x, t):
-        return process.data(network(x, float(process.network_time(t))), x, t)
-
-    end = last(ddim(process, denoise, x, times(20)))
-    torch.testing.assert_close(end, want, rtol=1e-5, atol=3e-5)
+    torch.testing.assert_close(end, answer, rtol=0, atol=1e-9)
 
 
-def test_euler_on_a_flow_equals_diffusers():
-    theirs = FlowMatchEulerDiscreteScheduler()
-    theirs.set_timesteps(sigmas=[float(t) for t in times(20)[:-1]])
-    x = want = noise(2, 4, 8, 8, dtype=torch.float32)
-    for t in theirs.timesteps:
-        want = theirs.step(network(want, float(t)), t, want).prev_sample
-
-    def denoise(x, t):
-        return FLOW.data(network(x, float(FLOW.network_time(t))), x, t)
-
-    end = last(ddim(FLOW, denoise, x, times(20)))
-    torch.testing.assert_close(end, want, rtol=1e-5, atol=1e-5)
+@over_solvers
+def test_a_solver_yields_once_a_step_and_keeps_float32(solver):
+    process = PROCESSES["vp_linear"]
+    x = normals(2, 3, dtype=torch.float32)
+    steps = list(
+        SOLVERS[solver](process, lambda x, t: 0.5 * x, x, grid(process, "uniform", 5), draws(x))
+    )
+    assert len(steps) == 5 or solver == "dopri5"
+    assert all(x.dtype == torch.float32 for x in steps)
 
 
-def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_other():
-    a, b = noise(2, 3, 5)
-    assert torch.equal(combine(a, b, scale=0, rescale_frac=0), b)
-    torch.testing.assert_close(combine(a, b, scale=1, rescale_frac=0), a)
-    torch.testing.assert_close(combine(a, b, scale=3, rescale_frac=0) - a, 2 * (a - b))
+@over_solvers
+def test_one_step_from_noise_is_the_mean_of_the_data(solver):
+    process = PROCESSES["vp_linear"]
+    x = TWO.start(process, 4)
+    t = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    if solver == "dopri5":
+        return  # takes as many as it needs
+    one = run(SOLVERS[solver], process, TWO, x, t)
+    torch.testing.assert_close(one, TWO.denoiser(process)(x, t[0]))
 
 
-def test_rescaled_guidance_has_the_conditional_spread():
-    a, b = noise(2, 3, 50)
-    rescaled = combine(a, b, scale=7.5, rescale_frac=1.0)
-    torch.testing.assert_close(rescaled.std(1), a.std(1))
+@over_processes
+def test_ddim_with_eta_of_one_is_ddpm_and_of_zero_takes_no_draws(name):
+    process = PROCESSES[name]
+    x, t = TWO.start(process, 10), grid(process, "log_snr", 9)
+    ancestral = run(SOLVERS["ddpm"], process, TWO, x, t)
+    torch.testing.assert_close(run(partial(ddim, eta=1.0), process, TWO, x, t), ancestral)
+
+    def refuse(k):
+        raise AssertionError(k)
+
+    last(ddim(process, TWO.denoiser(process), x, t, refuse))
 
 
-def test_outside_the_interval_the_unconditional_model_is_not_asked():
-    asked = []
+@over_processes
+@pytest.mark.parametrize("solver", [euler, heun])
+def test_churn_keeps_the_law(name, solver):
+    process = PROCESSES[name]
+    churn = Churn(amount=40.0, min_ratio=0.01, max_ratio=20.0)
+    x = TWO.start(process, 2000)
+    t = grid(process, "karras", 150)
+    end = run(partial(solver, churn=churn), process, TWO, x, t)
+    plain = run(solver, process, TWO, x, t)
+    assert (end - plain).abs().mean() > 0.3  # other pictures ...
+    assert energy_distance(end, TWO.draw(2000, seed=99)) < SAME_LAW  # ... of the same law
 
-    def without(x, t):
-        asked.append(float(t))
-        return x * 0
 
-    guided = classifier_free(lambda x, t: x, without, scale=2.0, interval=(0.25, 0.75))
-    list(ddim(FLOW, guided, noise(3), times(4)))
-    assert asked == [0.75, 0.5]
+@pytest.mark.parametrize("name", [n for n, p in PROCESSES.items() if p.num_levels is None])
+def test_the_adaptive_solver_keeps_its_tolerance_and_counts_more_for_less(name):
+    process = PROCESSES[name]
+    x = NORMAL.start(process, 50)
+    t = grid(process, "uniform", 1)
+    exact = exact_flow_of_normal(NORMAL, process, x)
+    errors, calls = [], []
+    for tolerance in (1e-3, 1e-5, 1e-7):
+        asked = []
 
-    unguided = classifier_free(lambda x, t: x, without, scale=1.0)
-    list(ddim(FLOW, unguided, noise(3), times(4)))
-    assert asked == [0.75, 0.5]
+        def denoise(x, t, asked=asked):
+            asked.append(t)
+            return NORMAL.denoiser(process)(x, t)
+
+        solver = dopri5(process, denoise, x, t, draws(x), rtol=tolerance, atol=tolerance)
+        *_, before, _ = solver
+        least = torch.tensor(process.min_time, dtype=torch.float64)
+        alpha, sigma = process.alpha(least), process.sigma(least)
+        std = torch.sqrt((alpha * NORMAL.stds[0]) ** 2 + sigma**2)
+        place = (exact - NORMAL.means[0]) / NORMAL.stds[0]
+        errors.append(float((before - alpha * NORMAL.means[0] - std * place).abs().max()))
+        calls.append(len(asked))
+    assert calls == sorted(calls)
+    assert calls[-1] < 8 * calls[0]
+    for error, tolerance in zip(errors, (1e-3, 1e-5, 1e-7), strict=True):
+        assert error < 300 * tolerance, errors
+
+
+def test_adaptive_steps_belong_to_the_sample():
+    process = PROCESSES["vp_linear"]
+    x = TWO.start(process, 6)
+    t = grid(process, "uniform", 1)
+    together = run(dopri5, process, TWO, x, t)
+    alone = torch.cat([run(dopri5, process, TWO, x[i : i + 1], t) for i in range(6)])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_the_adaptive_solver_ends_when_the_network_breaks():
+    process = PROCESSES["flow"]
+    x = normals(3, 2)
+    t = grid(process, "uniform", 1)
+    end = last(dopri5(process, lambda x, t: x * math.nan, x, t, draws(x)))
+    assert end.isnan().all()
+
+
+@pytest.mark.parametrize("name", sorted(ENDS_IN_NOISE))
+def test_the_reverse_sde_refuses_to_begin_where_it_is_infinite(name):
+    process = PROCESSES[name]
+    x = normals(2, 2)
+    with pytest.raises(ValueError, match=r"Begin later, or take .* ddpm"):
+        next(euler_maruyama(process, lambda x, t: x, x, grid(process, "uniform", 5), draws(x)))

@@ -6,9 +6,12 @@ import torch
 
 from tests.latents_without_encoders import CHANNELS, TEXT_WIDTH, make_dataset
 from tests.streams import latents, load
+from tests.tiny import tiny_config
+from trainer.build import build_loss, build_parameterization, training_times
 from trainer.data.sources import PictureBatch
-from trainer.diffusion.process import RectifiedFlow
 from trainer.objectives import LatentObjective, ReconstructionObjective, crops
+
+FLOW = tiny_config().objective
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,8 @@ def source(tmp_path_factory):
 
 def objective(dropout: float, seed: int = 1) -> LatentObjective:
     return LatentObjective(
-        RectifiedFlow(),
+        build_loss(FLOW),
+        training_times(FLOW.times, build_parameterization(FLOW).process),
         seed=seed,
         latent_mean_C=torch.zeros(CHANNELS),
         latent_std_C=torch.ones(CHANNELS),
