@@ -1,15 +1,16 @@
-"""Confidence intervals over pictures, by the bootstrap."""
+"""Confidence intervals over pictures, by statistics of random halves of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.errors import BadInput
 from trainer.quality.statistics import Floats
 
-Statistic = Callable[[Floats], Floats]
-"""``(S, N)`` counts -> ``(S,)`` values: in draw s, picture n stands `counts[s, n]` times."""
+Statistic = Callable[[NDArray[np.bool_]], Floats]
+"""``(S, N)`` which pictures are in each of S samples -> ``(S,)`` values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +18,13 @@ class Interval:
     """A statistic with its confidence interval."""
 
     value: float
-    """Of the pictures as they are."""
+    """Of all pictures."""
     low: float
     high: float
-    shift: float
-    """By how much drawing the pictures anew raises the statistic on average; the interval is
-    without it."""
+    bias: float
+    """By how much halves are above all pictures on average. Where the bias of a statistic is a
+    constant over the number of pictures, as the Frechet distance's is at first, that is its bias,
+    and value - bias is about what infinitely many pictures would give."""
 
 
 def interval(
@@ -33,36 +35,44 @@ def interval(
     draws: int = 1000,
     level: float = 0.95,
 ) -> Interval:
-    """Return the centred percentile interval (Efron 1979).
+    """Return a centred percentile interval by half-samples.
 
-    Pictures are drawn with replacement `draws` times, and the interval holds the middle `level` of
-    the values, moved back by their mean's distance from the value of all pictures. For means, and
-    whatever else is unbiased, that is the plain percentile interval. The Frechet distance needs the
-    move: it rises as pictures get fewer, a draw holds but 63 % of them, and the plain interval lies
-    above the distance itself. The reverse percentile interval would be moved twice, towards the
-    distance of infinitely many pictures, where no published number is. So the interval says which
-    values other pictures, **as many as these**, would give, and may be compared with others of as
-    many pictures. Only `num_pictures` are drawn anew; what they are compared with stays fixed.
+    Each draw takes half of the pictures, every one at most once; that is the bootstrap with the
+    weights 0 and 2 (Praestgaard and Wellner 1993), and for means it has exactly the variance that a
+    mean has. The interval holds the middle `level` of the values, moved so that their mean is the
+    value of all pictures.
+
+    Two things are unlike the plain bootstrap, for the sake of the Frechet distance. It rises as
+    pictures get fewer, so that the values of samples lie above the value itself: hence the move.
+    And a draw with replacement holds a random number of different pictures, which its distance
+    depends on more than on which they are: with 64 pictures of width 200 its interval was 3.5 times
+    as wide as it should be, that of halves 1.1 times.
+
+    The interval says which values other pictures, as many as these, would give. It does not tell
+    how far the value is from that of infinitely many pictures: compare equal numbers of them. What
+    the pictures are compared with stays as it is.
 
     Args:
         statistic: What to compute.
         num_pictures: N.
         seed: Whoever gives a generator owns its state.
-        draws: S.
+        draws: S; memory is some 20 bytes for each picture of each sample.
         level: The share of repetitions whose intervals hold the truth.
 
     Raises:
-        BadInput: There is no picture, no draw, or no such level.
+        BadInput: There are too few pictures, no draw, or no such level.
     """
-    if num_pictures < 1 or draws < 1 or not 0 < level < 1:
+    if num_pictures < 4 or draws < 1 or not 0 < level < 1:
         raise BadInput(
-            f"got {num_pictures} pictures, draws={draws}, level={level}; an interval needs at "
-            "least one of each, and a level between 0 and 1."
+            f"got {num_pictures} pictures, draws={draws}, level={level}; an interval needs 4 or "
+            "more pictures, 1 or more draws, and a level between 0 and 1."
         )
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(num_pictures, np.full(num_pictures, 1 / num_pictures), draws)
-    values = statistic(drawn.astype(np.float64))
-    value = float(statistic(np.ones((1, num_pictures)))[0])
-    shift = float(values.mean()) - value
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) - shift
-    return Interval(value, float(low), float(high), shift)
+    half = num_pictures // 2
+    order = np.random.default_rng(seed).random((draws, num_pictures)).argsort(1)
+    values = statistic(order < half)
+    value = float(statistic(np.ones((1, num_pictures), np.bool_))[0])
+    bias = float(values.mean()) - value
+    # An odd picture that is left out makes halves vary a little too much.
+    spread = (values - values.mean()) * np.sqrt(half / (num_pictures - half))
+    low, high = value + np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high), bias)

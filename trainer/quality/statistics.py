@@ -67,7 +67,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     The distance of samples is too large, by about a constant over the number of pictures (Chong
     and Forsyth 2020): compare only distances of equal numbers of pictures.
     """
-    checked(a.mean_D[None], at_least=1, width=len(b.mean_D))
+    checked(b.mean_D[None], at_least=1, width=len(a.mean_D))
     overlap = linalg.svdvals(root(a.covariance_DD).T @ root(b.covariance_DD)).sum()
     shift = np.square(a.mean_D - b.mean_D).sum()
     spread = np.trace(a.covariance_DD) + np.trace(b.covariance_DD)
@@ -203,7 +203,7 @@ def checked(rows_ND: Rows, *, at_least: int, width: int | None = None) -> Floats
         )
     if width is not None and rows.shape[1] != width:
         raise BadInput(
-            f"got features of widths {width} and {rows.shape[1]}; both sets need the same network."
+            f"got features of widths {rows.shape[1]} and {width}; both sets need the same network."
         )
     return rows
 
