@@ -19,6 +19,7 @@ from trainer.quality.pixels import normalised, resized
 
 # Of the pictures that OpenAI's CLIP was trained on; OpenCLIP's models use them too.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 
 class Clip(nn.Module):
@@ -76,6 +77,9 @@ def load_clip(path: str) -> Clip:
     folder = locate(path)
     model = load_frozen(CLIPModel, folder)
     try:
+        # Without its vocabulary transformers makes up a tokenizer that knows no word.
+        if not any((folder / name).is_file() for name in _VOCABULARIES):
+            raise OSError(f"none of {', '.join(_VOCABULARIES)}")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]

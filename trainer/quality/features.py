@@ -66,8 +66,9 @@ class NetworkFeatures:
             )
         found = np.empty((len(pictures), self.width), np.float32)
         for start in range(0, len(pictures), self._batch_images):
-            batch = torch.tensor(pictures[start : start + self._batch_images]).to(self._device)
-            features = self.net(batch.permute(0, 3, 1, 2).float() / 255)
+            # A copy: torch takes neither reversed arrays nor read-only ones.
+            batch = torch.from_numpy(pictures[start : start + self._batch_images].copy())
+            features = self.net(batch.to(self._device).permute(0, 3, 1, 2).float() / 255)
             found[start : start + self._batch_images] = features.cpu().numpy()
         return found
 

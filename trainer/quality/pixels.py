@@ -7,7 +7,10 @@ Colour = tuple[float, float, float]
 
 
 def resized(pictures_BCHW: Tensor, size_px: tuple[int, int]) -> Tensor:
-    """Resize ``(B, 3, H, W)`` pictures, 0 to 1, to (rows, columns), as Pillow's bicubic does."""
+    """Resize ``(B, 3, H, W)`` pictures, 0 to 1, to (rows, columns): bicubic, antialiased.
+
+    It is Pillow's filter, without its rounding and clipping between rows and columns.
+    """
     found = torch.nn.functional.interpolate(
         pictures_BCHW, size_px, mode="bicubic", align_corners=False, antialias=True
     )

@@ -5,6 +5,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,8 @@ def reference_features(
 
 def _read(path: Path, width: int) -> Rows:
     """Read a file; what zip's checksums do not cover is checked by the shape."""
-    with np.load(path, allow_pickle=False) as file:
+    # From memory: where the file is no zip, numpy would leave it open.
+    with np.load(BytesIO(path.read_bytes()), allow_pickle=False) as file:
         rows_ND: Rows = file["rows"]
     if rows_ND.ndim != 2 or rows_ND.shape[1] != width or rows_ND.dtype != np.float32:
         raise ValueError(f"it holds {rows_ND.dtype} of shape {rows_ND.shape}")

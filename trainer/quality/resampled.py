@@ -18,7 +18,6 @@ from trainer.quality.statistics import (
     mean_kernel,
     mean_within,
     own_kernel,
-    root,
 )
 
 
@@ -37,18 +36,18 @@ def frechet_statistic(rows_ND: Rows, reference: Gaussian) -> Statistic:
         BadInput: There are fewer than two rows, or their width is another.
     """
     rows_ND = checked(rows_ND, at_least=2, width=len(reference.mean_D))
-    factor_DR = root(reference.covariance_DD)
-    spread = float(np.trace(reference.covariance_DD))
     centre_D = rows_ND.mean(0)
     centred_ND, shift_D = rows_ND - centre_D, centre_D - reference.mean_D
-    squares_N, seen_NR = np.square(centred_ND).sum(1), centred_ND @ factor_DR
+    squares_N, seen_NR = np.square(centred_ND).sum(1), centred_ND @ reference.root_DR
 
     def distance(sample_N: NDArray[np.bool_]) -> float:
         total = sample_N.sum()
         mean_D = sample_N @ centred_ND / total
         own_spread = (squares_N[sample_N].sum() - total * np.square(mean_D).sum()) / (total - 1)
         overlap = _sum_of_deviations(seen_NR[sample_N])
-        return float(np.square(mean_D + shift_D).sum() + own_spread + spread - 2 * overlap)
+        return float(
+            np.square(mean_D + shift_D).sum() + own_spread + reference.spread - 2 * overlap
+        )
 
     return lambda samples_SN: np.array([distance(sample_N) for sample_N in samples_SN])
 

@@ -28,32 +28,37 @@ class Gaussian:
 
     mean_D: Floats
     """``(D,)``."""
-    covariance_DD: Floats
-    """``(D, D)``, of N - 1 in the denominator where it was estimated."""
+    root_DR: Floats
+    """``(D, R)``: the covariance is root root^T, so that it may have any rank."""
+
+    @property
+    def spread(self) -> float:
+        """The trace of the covariance."""
+        return float(np.square(self.root_DR).sum())
+
+
+def gaussian(mean_D: Floats, covariance_DD: Floats) -> Gaussian:
+    """Return the law of given moments; directions without variance, but for rounding, are left out.
+
+    Costs the eigenvectors of the covariance.
+    """
+    variances, vectors_DD = linalg.eigh(covariance_DD)
+    kept = variances > len(variances) * np.finfo(np.float64).eps * max(variances[-1], 0.0)
+    return Gaussian(mean_D, vectors_DD[:, kept] * np.sqrt(variances[kept]))
 
 
 def fit_gaussian(rows_ND: Rows) -> Gaussian:
-    """Estimate the moments of two or more rows.
+    """Estimate the law of two or more rows, with N - 1 in the denominator.
 
     Raises:
         BadInput: There are fewer, or some are not finite.
     """
     rows_ND = checked(rows_ND, at_least=2)
     mean_D = rows_ND.mean(0)
-    centred_ND = rows_ND - mean_D
-    return Gaussian(mean_D, centred_ND.T @ centred_ND / (len(rows_ND) - 1))
-
-
-def root(covariance_DD: Floats) -> Floats:
-    """Factor a covariance as A A^T, whatever its rank.
-
-    Returns:
-        ``(D, R)``; directions without variance, but for rounding, are left out.
-    """
-    variances, vectors_DD = linalg.eigh(covariance_DD)
-    kept = variances > len(variances) * np.finfo(np.float64).eps * max(variances[-1], 0.0)
-    factor: Floats = vectors_DD[:, kept] * np.sqrt(variances[kept])
-    return factor
+    deviations_ND = (rows_ND - mean_D) / np.sqrt(len(rows_ND) - 1)
+    if len(rows_ND) <= len(mean_D):  # the deviations are a root already
+        return Gaussian(mean_D, deviations_ND.T)
+    return gaussian(mean_D, deviations_ND.T @ deviations_ND)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -66,12 +71,14 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
     The distance of samples is too large, by about a constant over the number of pictures (Chong
     and Forsyth 2020): compare only distances of equal numbers of pictures.
+
+    Raises:
+        BadInput: The widths differ.
     """
     checked(b.mean_D[None], at_least=1, width=len(a.mean_D))
-    overlap = linalg.svdvals(root(a.covariance_DD).T @ root(b.covariance_DD)).sum()
-    shift = np.square(a.mean_D - b.mean_D).sum()
-    spread = np.trace(a.covariance_DD) + np.trace(b.covariance_DD)
-    return float(shift + spread - 2 * overlap)
+    overlap = float(linalg.svdvals(a.root_DR.T @ b.root_DR).sum())
+    shift = float(np.square(a.mean_D - b.mean_D).sum())
+    return shift + a.spread + b.spread - 2 * overlap
 
 
 def kernel(x_ND: Floats, y_MD: Floats) -> Floats:

@@ -7,7 +7,12 @@ from trainer.errors import BadInput
 from trainer.quality import statistics
 from trainer.quality.bootstrap import interval
 from trainer.quality.resampled import frechet_statistic, kernel_statistic, mean_statistic
-from trainer.quality.statistics import Gaussian, fit_gaussian, frechet_distance, kernel_distance
+from trainer.quality.statistics import (
+    fit_gaussian,
+    frechet_distance,
+    gaussian,
+    kernel_distance,
+)
 
 
 def normal(seed, count, width, *, shift=0.0):
@@ -45,7 +50,7 @@ def test_the_interval_of_a_mean_is_as_wide_as_the_normal_one(count):
 )
 def test_the_interval_of_a_frechet_distance_is_that_of_other_sets_of_as_many_pictures(count, width):
     """It has about their width and holds their mean; not moved, it would lie above."""
-    law = Gaussian(np.zeros(width), np.eye(width))
+    law = gaussian(np.zeros(width), np.eye(width))
     sets = [normal(i, count, width, shift=0.4) for i in range(120)]
     distances = [frechet_distance(fit_gaussian(rows), law) for rows in sets]
     truth = np.mean(distances)
@@ -60,7 +65,7 @@ def test_the_interval_of_a_frechet_distance_is_that_of_other_sets_of_as_many_pic
 
 
 def test_the_bias_of_a_frechet_distance_is_its_distance_from_that_of_infinitely_many_pictures():
-    law, shift = Gaussian(np.zeros(12), np.eye(12)), 0.4
+    law, shift = gaussian(np.zeros(12), np.eye(12)), 0.4
     found = [
         interval(frechet_statistic(normal(i, 150, 12, shift=shift), law), 150, seed=i, draws=40)
         for i in range(60)
@@ -120,4 +125,4 @@ def test_pictures_of_another_network_are_refused():
     with pytest.raises(BadInput, match="widths 4 and 5"):
         kernel_statistic(np.zeros((10, 5)), np.zeros((9, 4)))
     with pytest.raises(BadInput, match="widths 4 and 3"):
-        frechet_statistic(np.zeros((10, 4)), Gaussian(np.zeros(3), np.eye(3)))
+        frechet_statistic(np.zeros((10, 4)), gaussian(np.zeros(3), np.eye(3)))

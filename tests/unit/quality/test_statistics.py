@@ -7,10 +7,10 @@ from scipy import linalg, stats
 from trainer.errors import BadInput
 from trainer.quality import statistics
 from trainer.quality.statistics import (
-    Gaussian,
     cosines,
     fit_gaussian,
     frechet_distance,
+    gaussian,
     kernel_distance,
     precision_and_recall,
 )
@@ -43,9 +43,9 @@ def test_a_set_is_at_distance_0_of_itself_also_with_fewer_pictures_than_dimensio
 def test_a_shift_counts_by_its_square_and_a_scale_by_the_square_of_its_difference():
     """|m|^2 + tr(S)(s - 1)^2, the closed form for N(0, S) and N(m, s^2 S)."""
     mean, law = np.arange(6.0), covariance(1, 6, 12)
-    moved = Gaussian(mean, 2.5**2 * law)
+    moved = gaussian(mean, 2.5**2 * law)
     expected = np.square(mean).sum() + np.trace(law) * 1.5**2
-    assert frechet_distance(Gaussian(np.zeros(6), law), moved) == pytest.approx(expected)
+    assert frechet_distance(gaussian(np.zeros(6), law), moved) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("rank_a", "rank_b"), [(20, 20), (3, 20), (3, 2)])
@@ -54,25 +54,34 @@ def test_of_commuting_laws_only_the_deviations_differ(rank_a, rank_b):
     turn, rng = rotation(20), np.random.default_rng(0)
     a, b = rng.uniform(1, 2, 20), rng.uniform(1, 2, 20)
     a[rank_a:], b[: 20 - rank_b] = 0, 0
-    laws = [Gaussian(np.zeros(20), turn * each @ turn.T) for each in (a, b)]
+    laws = [gaussian(np.zeros(20), turn * each @ turn.T) for each in (a, b)]
     expected = np.square(np.sqrt(a) - np.sqrt(b)).sum()
     assert frechet_distance(*laws) == pytest.approx(expected, rel=1e-10)
 
 
 def test_a_law_without_variance_is_a_point():
-    point = Gaussian(np.ones(4), np.zeros((4, 4)))
-    assert frechet_distance(point, Gaussian(np.zeros(4), np.eye(4))) == pytest.approx(8)
+    point = gaussian(np.ones(4), np.zeros((4, 4)))
+    assert frechet_distance(point, gaussian(np.zeros(4), np.eye(4))) == pytest.approx(8)
     assert frechet_distance(point, point) == 0
 
 
 def test_the_trace_is_that_of_the_square_root_of_the_product():
     """The textbook's formula, where it can be computed."""
     a, b = normal(0, 300, 12), normal(1, 300, 12, shift=0.3) @ normal(2, 12, 12)
-    one, other = fit_gaussian(a), fit_gaussian(b)
-    root = linalg.sqrtm(one.covariance_DD @ other.covariance_DD).real
-    expected = np.square(one.mean_D - other.mean_D).sum()
-    expected += np.trace(one.covariance_DD + other.covariance_DD - 2 * root)
-    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-9)
+    one, other = np.cov(a.T), np.cov(b.T)
+    expected = np.square(a.mean(0) - b.mean(0)).sum()
+    expected += np.trace(one + other - 2 * linalg.sqrtm(one @ other).real)
+    assert distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_with_fewer_pictures_than_dimensions_the_law_is_the_same():
+    """By rows and by covariance, and with further dimensions that do not vary."""
+    a, b = normal(0, 15, 40), normal(1, 12, 40, shift=0.3)
+    laws = [gaussian(rows.mean(0), np.cov(rows.T)) for rows in (a, b)]
+    assert frechet_distance(*laws) == pytest.approx(distance(a, b), rel=1e-9)
+    few, other = normal(2, 15, 10), normal(3, 30, 10)
+    wider = [np.pad(rows, ((0, 0), (0, 30))) for rows in (few, other)]
+    assert distance(*wider) == pytest.approx(distance(few, other), rel=1e-9)
 
 
 @pytest.mark.parametrize("measure", [distance, kernel_distance], ids=["frechet", "kernel"])
