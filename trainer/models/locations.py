@@ -16,13 +16,14 @@ _FROM_HUB = (
 _NOT_FROM_HUB = ("*.fp16.*", "*.bf16.*", "*non_ema*")
 
 
-def locate(path: str, subfolder: str = "") -> Path:
+def locate(path: str, subfolder: str = "", *, also: tuple[str, ...] = ()) -> Path:
     """Return the local folder that `path` and `subfolder` mean, fetched from the hub if needed.
 
     Args:
         path: A folder; ``package:NAME/FOLDER`` inside an installed package; or ``OWNER/NAME``
             on the model hub, optionally with a folder behind it.
         subfolder: A folder inside of that; empty for the top.
+        also: Patterns of further files to fetch from the hub.
 
     Raises:
         BadInput: There is no such folder or package.
@@ -33,7 +34,7 @@ def locate(path: str, subfolder: str = "") -> Path:
     elif (local := Path(path).expanduser()).is_dir():
         folder = local / subfolder
     elif _looks_like_hub(path):
-        folder = _from_hub(path, subfolder)
+        folder = _from_hub(path, subfolder, also)
     else:
         raise BadInput(
             f"got the path '{path}', which is no folder. Give a folder of weights, "
@@ -60,7 +61,7 @@ def _looks_like_hub(path: str) -> bool:
     return len(parts) >= 2 and all(parts) and not path.startswith((".", "~"))
 
 
-def _from_hub(path: str, subfolder: str) -> Path:
+def _from_hub(path: str, subfolder: str, also: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only a hub name needs it
 
     owner, name, *rest = path.split("/")
@@ -69,7 +70,7 @@ def _from_hub(path: str, subfolder: str) -> Path:
     try:
         top = snapshot_download(
             f"{owner}/{name}",
-            allow_patterns=[prefix + pattern for pattern in _FROM_HUB],
+            allow_patterns=[prefix + pattern for pattern in (*_FROM_HUB, *also)],
             ignore_patterns=list(_NOT_FROM_HUB),
         )
     except (OSError, ValueError) as error:

@@ -1,0 +1,1 @@
+"""How good pictures are: features by pretrained networks, and statistics of the features."""
