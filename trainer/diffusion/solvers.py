@@ -81,22 +81,27 @@ class Churn:
 NO_CHURN = Churn()
 
 
+@dataclass
+class Counted:
+    """A denoiser that counts how often it was asked: the number of function evaluations."""
+
+    denoise: Denoise
+    calls: int = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Ask, and count."""
+        self.calls += 1
+        return self.denoise(x, t)
+
+
 def ddim(
     process: Process, denoise: Denoise, x: Tensor, t: Tensor, draw: Draw, *, eta: float = 0.0
 ) -> Iterator[Tensor]:
     """Step with x0 and eps held fixed, renewing a share of the noise (Song et al. 2021).
 
-    Args:
-        process: See `Solver`.
-        denoise: See `Solver`.
-        x: See `Solver`.
-        t: See `Solver`.
-        draw: See `Solver`.
-        eta: 0 renews nothing and is Euler's method on the probability-flow ODE, in rho and for
-            rectified flow in t; 1 draws from the exact posterior of a step, which is DDPM.
-
-    Yields:
-        x at each next time.
+    With eta = 0 nothing is renewed: Euler's method on the probability-flow ODE, in rho and for
+    rectified flow in t. With eta = 1 each step is drawn from its exact posterior, which is DDPM.
+    Arguments and yields as in `Solver`.
     """
     for step, (now, then) in enumerate(itertools.pairwise(t)):
         x0 = denoise(x, now)
@@ -126,15 +131,9 @@ def euler_maruyama(
 ) -> Iterator[Tensor]:
     """Integrate the reverse SDE; the last step, to t = 0, takes the denoised x.
 
-    Args:
-        process: Its drift must be finite, that is alpha(t[0]) > 0.
-        denoise: See `Solver`.
-        x: See `Solver`.
-        t: See `Solver`.
-        draw: Asked twice per step.
-        corrector_snr: r of the corrector: one step of annealed Langevin dynamics of size
-            2 (r sigma)^2 at each new time (Song & Ermon 2019; Song et al. 2021, algorithm 1);
-            0 leaves it out.
+    `corrector_snr` is r of one step of annealed Langevin dynamics, of size 2 (r sigma)^2, at each
+    new time (Song & Ermon 2019; Song et al. 2021, algorithm 1); 0 leaves it out. Arguments and
+    yields as in `Solver`.
 
     Raises:
         ValueError: alpha is 0 at the first time.
@@ -249,19 +248,9 @@ def dopri5(
     """Integrate the probability-flow ODE adaptively (Dormand & Prince 1980), then denoise.
 
     Every sample has its own step sizes, so that it does not depend on the others; the denoiser is
-    asked with one time per sample, shaped to broadcast with x.
-
-    Args:
-        process: See `Solver`.
-        denoise: See `Solver`.
-        x: See `Solver`.
-        t: Only its first time and the process's least one matter.
-        draw: Never asked.
-        rtol: Tolerated error of a step, relative to x.
-        atol: Tolerated error of a step where x is small.
-
-    Yields:
-        x after each round of steps; rounds end when the last sample has arrived.
+    asked with one time per sample, shaped to broadcast with x. Of the grid only the first time
+    matters. Tolerances as in `trainer.diffusion.ode.integrate`; yields x after each round of
+    steps, until the last sample has arrived.
     """
 
     def rate(x: Tensor, t: Tensor) -> Tensor:
