@@ -84,8 +84,9 @@ def run(cfg: DemoConfig) -> int:
     out = out_dir(cfg)
     console = Console(stderr=True, highlight=False)
     started_s = time.monotonic()
-    _step(console, Step("source", (*_source_args(cfg), f"out={out / 'source'}"), 20), left_s=680)
-    with _serving(console, out / "source"):
+    _step(console, Step("source", (*source_args(cfg), f"out={out / 'source'}"), 20), left_s=680)
+    console.print(f"\n[bold]$ kiln serve source={out / 'source'} &[/]")
+    with serving(out / "source"):
         todo = list(steps(cfg))
         for number, step in enumerate(todo):
             _step(console, step, left_s=sum(s.about_s for s in todo[number:]))
@@ -101,7 +102,8 @@ def out_dir(cfg: DemoConfig) -> Path:
     return Path(cfg.out) if cfg.out else Path("demo") / Path(cfg.data).resolve().name
 
 
-def _source_args(cfg: DemoConfig) -> tuple[str, ...]:
+def source_args(cfg: DemoConfig) -> tuple[str, ...]:
+    """Return the words of `kiln source` that make the demo's pictures."""
     if cfg.data in {"scenes", "emoji"}:
         return (f"kind={cfg.data}", f"num_pictures={cfg.num_pictures}")
     if not Path(cfg.data).is_dir():
@@ -146,10 +148,9 @@ def _wait_passing_signals(process: subprocess.Popen[bytes]) -> int:
 
 
 @contextmanager
-def _serving(console: Console, source: Path) -> Iterator[None]:
-    step = Step("serve", (f"source={source}",), 0)
-    console.print(f"\n[bold]$ kiln serve {step.args[0]} &[/]")
-    server = _start(step)
+def serving(source: Path) -> Iterator[None]:
+    """Serve a source on loopback meanwhile."""
+    server = _start(Step("serve", (f"source={source}",), 0))
     try:
         yield
     finally:
