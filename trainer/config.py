@@ -33,6 +33,9 @@ class TextEncoderConfig:
     """Folder of the tokenizer inside `path`; empty for the top ('tokenizer' in SD folders)."""
     max_tokens: PositiveInt
     """Longer captions are cut here, special tokens included."""
+    padding: Literal["none", "max"] = "none"
+    """max: captions are padded to `max_tokens` before the encoder, unmasked, and all states are
+    kept, as Stable Diffusion does it; none: no padding enters the encoder."""
 
 
 @config

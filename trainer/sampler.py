@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from trainer.build import build_parameterization
 from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
 from trainer.config_tools import SamplingConfig
-from trainer.data.manifest import encoding_folder, load_manifest
-from trainer.data.null_text import read_null_text
+from trainer.data.manifest import load_manifest
 from trainer.diffusion.parameterization import Parameterization
 from trainer.drawing import check_sampling, draw_latents
 from trainer.encoded import matching_encoding
@@ -29,7 +28,7 @@ from trainer.models.loading import load_weights
 from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
 from trainer.place import place
-from trainer.runtime.checkpoint import TrainState, read_ema
+from trainer.runtime.checkpoint import TrainState, read_weights
 
 Pixels = NDArray[np.uint8]
 RECONSTRUCTION_BATCH = 32
@@ -155,16 +154,16 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
     if isinstance(cfg.model, AutoencoderModelConfig):
         raise BadInput(
             f"{run} trains an autoencoder, which draws nothing from captions. Give the run of a "
-            f"denoiser, or write this one's weights: kiln export run={run} to=DIR"
+            f"denoiser, or write this one's weights: kiln export run={run} out=DIR"
         )
     assert not isinstance(cfg.objective, ReconstructionConfig)
     dataset = place(cfg.data.dataset)
     encoding = matching_encoding(cfg, dataset, load_manifest(dataset))
-    weights, state = read_ema(run)
+    weights, state = read_weights(run, "ema")
     model = build_denoiser(cfg.model)
     load_weights(model, weights, source=str(run))
     where = torch.device(device)
-    null_text_LD = read_null_text(encoding_folder(dataset, encoding.fingerprint))
+    text = load_text_encoder(cfg.encoders.text).to(where)
     channels, height, width = encoding.facts["latent_shape"]
     return Sampler(
         cfg=cfg,
@@ -172,8 +171,8 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
         model=model.to(where).eval(),
         parameterization=build_parameterization(cfg.objective),
         autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(where),
-        text=load_text_encoder(cfg.encoders.text).to(where),
-        null_text_LD=torch.from_numpy(null_text_LD).float(),
+        text=text,
+        null_text_LD=text.encode([""])[0],
         latent_mean_C=torch.tensor(encoding.facts["latent_mean"], device=where),
         latent_std_C=torch.tensor(encoding.facts["latent_std"], device=where),
         latent_shape=(channels, height, width),

@@ -16,7 +16,7 @@ from tests.e2e.conftest import SMALL_NETWORK, kiln
 from trainer.data.manifest import load_manifest
 from trainer.observe.accounts import close_check
 from trainer.observe.jsonl import read_rows
-from trainer.runtime.checkpoint import complete, read_ema
+from trainer.runtime.checkpoint import complete, read_weights
 
 pytestmark = pytest.mark.e2e
 
@@ -58,7 +58,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return read_ema(run)[0]
+    return read_weights(run, "ema")[0]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stands(encoded, tiny_d
     assert "could not save" in said or "disk is full" in said
     assert "same command" in said
     assert complete(run / "checkpoints")
-    assert read_ema(run)
+    assert read_weights(run, "ema")
 
 
 @pytest.mark.parametrize(

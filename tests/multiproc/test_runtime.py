@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from trainer.errors import BadInput, BadWorld
-from trainer.runtime.checkpoint import complete, newest_valid, read_ema, verify
+from trainer.runtime.checkpoint import complete, newest_valid, read_weights, verify
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.local import run_ranks
 
@@ -74,10 +74,10 @@ def test_loss_of_every_step_is_the_same_in_every_layout(runs):
 
 
 def test_ema_is_the_same_in_every_layout_and_read_without_the_model(runs):
-    expected, state = read_ema(runs[0, 1][0])
+    expected, state = read_weights(runs[0, 1][0], "ema")
     assert state.step == STEPS
     for layout, (run, _) in runs.items():
-        weights, _ = read_ema(run)
+        weights, _ = read_weights(run, "ema")
         for name, weight in expected.items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=str(layout))
 
@@ -129,7 +129,7 @@ def test_a_half_written_checkpoint_does_not_count(runs, tmp_path):
     (last / "checkpoint.json").unlink()
     assert newest_valid(run / "checkpoints") == complete(run / "checkpoints")[-1] != last
     with pytest.raises(BadInput, match="no complete checkpoint; train it first"):
-        read_ema(tmp_path / "nothing")
+        read_weights(tmp_path / "nothing", "ema")
 
 
 def test_a_rank_that_dies_ends_the_others_and_its_log_is_shown(tmp_path):

@@ -54,6 +54,8 @@ def identify(encoders: EncodersConfig) -> Identity:
         "crop": CROP_POLICY,
         "dtype": DTYPE,
     }
+    if text.padding != "none":  # absent without padding, which keeps older names
+        hashed["text"]["padding"] = text.padding
     if encoders.buckets is not None:  # absent for squares, whose names stay what they were
         hashed["buckets"] = asdict(encoders.buckets)
     canonical = json.dumps(hashed, sort_keys=True, separators=(",", ":"))

@@ -1,7 +1,9 @@
 """Captions -> states, by pretrained BERT, CLIP and T5 encoders.
 
-Captions are grouped by their exact number of tokens, so no padding ever enters an encoder: a
-caption's states do not depend on its neighbours, whatever the family's padding rules.
+Captions are grouped by their exact number of tokens, so no padding enters an encoder: a caption's
+states do not depend on its neighbours, whatever the family's padding rules. With padding=max every
+caption has the same number of tokens, and padding is read like words: what diffusers'
+StableDiffusionPipeline does, which gives its encoder no mask.
 
 Letters: ``B`` captions, ``L`` tokens, ``D`` width of a state.
 """
@@ -36,24 +38,35 @@ _CLASSES = {
 class TextEncoder:
     """A frozen encoder with its tokenizer."""
 
-    def __init__(self, net: Any, tokenizer: Any, *, max_tokens: int) -> None:  # noqa: ANN401
-        self._net, self._tokenizer = net, tokenizer
+    def __init__(
+        self,
+        net: Any,  # noqa: ANN401 - transformers is untyped
+        tokenizer: Any,  # noqa: ANN401
+        *,
+        max_tokens: int,
+        padded: bool = False,
+    ) -> None:
+        self.net, self.tokenizer = net, tokenizer
         self.max_tokens = max_tokens
+        self._padding = "max_length" if padded else "do_not_pad"
         self.width: int = net.config.hidden_size
 
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
-        """Return token ids, special ones included, cut to `max_tokens`; not padded."""
+        """Return token ids, special ones included, cut or padded to `max_tokens`."""
         if not captions:
             return []
-        ids: list[list[int]] = self._tokenizer(
-            list(captions), truncation=True, max_length=self.max_tokens
+        ids: list[list[int]] = self.tokenizer(
+            list(captions),
+            truncation=True,
+            max_length=self.max_tokens,
+            padding=self._padding,
         )["input_ids"]
         return ids
 
     @torch.inference_mode()
     def states(self, ids_BL: Tensor) -> Tensor:
         """Return ``(B, L, D)`` float32 last hidden states of captions of equal length."""
-        found: Tensor = self._net(input_ids=ids_BL.to(self._net.device)).last_hidden_state
+        found: Tensor = self.net(input_ids=ids_BL.to(self.net.device)).last_hidden_state
         return found
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -87,7 +100,7 @@ class TextEncoder:
 
     def to(self, device: torch.device) -> "TextEncoder":
         """Move to a device."""
-        self._net.to(device)
+        self.net.to(device)
         return self
 
 
@@ -96,7 +109,7 @@ def load_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
 
     Raises:
         BadInput: There is no such folder or package, it holds something else, or it cannot
-            read `max_tokens` tokens.
+            read `max_tokens` tokens, or not pad them.
         BadWorld: The model hub did not give it.
     """
     cls, options = _CLASSES[cfg.kind]
@@ -109,7 +122,12 @@ def load_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
             f"Try encoders.text.max_tokens={positions}."
         )
     tokenizer = _load_tokenizer(locate(cfg.path, cfg.tokenizer_subfolder))
-    return TextEncoder(net, tokenizer, max_tokens=cfg.max_tokens)
+    if cfg.padding == "max" and tokenizer.pad_token is None:
+        raise BadInput(
+            f"encoders.text.padding=max, but the tokenizer of {cfg.path} has no token to pad with. "
+            "Give encoders.text.padding=none."
+        )
+    return TextEncoder(net, tokenizer, max_tokens=cfg.max_tokens, padded=cfg.padding == "max")
 
 
 @contextmanager

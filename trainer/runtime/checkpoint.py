@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -144,8 +144,12 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**_read_record(folder)["state"])
 
 
-def read_ema(run: Path) -> tuple[dict[str, Tensor], TrainState]:
-    """Put the averaged weights of a run's newest valid checkpoint together; reads nothing else.
+def read_weights(run: Path, which: Literal["ema", "raw"]) -> tuple[dict[str, Tensor], TrainState]:
+    """Put the weights of a run's newest valid checkpoint together; reads nothing else.
+
+    Args:
+        run: Run directory.
+        which: Their exponential moving averages, or the weights as the optimizer left them.
 
     Returns:
         Every parameter by name, fp32 on CPU in its full shape, and where training stood.
@@ -160,10 +164,11 @@ def read_ema(run: Path) -> tuple[dict[str, Tensor], TrainState]:
         )
     record = _read_record(folder)
     pieces = _Pieces(folder, record["files"])
+    kind = {"ema": "ema", "raw": "weight"}[which]
     weights = {}
     for name, shape in record["shapes"].items():
         weights[name] = torch.empty(shape)
-        pieces.fill(f"ema/{name}", 0, weights[name].view(-1))
+        pieces.fill(f"{kind}/{name}", 0, weights[name].view(-1))
     return weights, TrainState(**record["state"])
 
 

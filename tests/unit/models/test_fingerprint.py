@@ -58,11 +58,22 @@ def test_any_byte_of_weights_or_tokenizer_matters(changed, kl_folder, t5_folder,
 
 
 @pytest.mark.parametrize(
-    "changes", [{"image_side_px": 32}, {"text__max_tokens": 11}, {"autoencoder__kind": "tiny"}]
+    "changes",
+    [
+        {"image_side_px": 32},
+        {"text__max_tokens": 11},
+        {"autoencoder__kind": "tiny"},
+        {"text__padding": "max"},
+    ],
 )
 def test_settings_matter(changes, kl_folder, t5_folder):
     before = identify(encoders(kl_folder, t5_folder)).fingerprint
     assert identify(encoders(kl_folder, t5_folder, **changes)).fingerprint != before
+
+
+def test_no_padding_keeps_the_names_of_before_there_was_a_choice(kl_folder, t5_folder):
+    facts = identify(encoders(kl_folder, t5_folder, text__padding="none")).facts
+    assert set(facts["text"]) == {"kind", "files", "tokenizer", "max_tokens"}
 
 
 def test_variants_that_are_not_loaded_do_not_matter(kl_folder, t5_folder, tmp_path):

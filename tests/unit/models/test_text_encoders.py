@@ -1,7 +1,12 @@
 """Laws of the text encoders, on tiny CLIP and T5 and on the real MiniLM."""
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from trainer.config import TextEncoderConfig
 from trainer.errors import BadInput
@@ -16,13 +21,14 @@ CAPTIONS = [
 ]
 
 
-def text_config(kind, path, *, subfolder="", tokenizer_subfolder="", max_tokens=12):
+def text_config(kind, path, *, subfolder="", tokenizer_subfolder="", max_tokens=12, **more):
     return TextEncoderConfig(
         kind=kind,
         path=str(path),
         subfolder=subfolder,
         tokenizer_subfolder=tokenizer_subfolder,
         max_tokens=max_tokens,
+        **more,
     )
 
 
@@ -77,9 +83,32 @@ def test_padding_and_its_mask_change_nothing(config):
         padded[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
     with torch.inference_mode():
-        together = encoder._net(input_ids=padded, attention_mask=mask).last_hidden_state
+        together = encoder.net(input_ids=padded, attention_mask=mask).last_hidden_state
     for row, state in enumerate(encoder.encode(captions)):
         torch.testing.assert_close(together[row, : len(state)], state, rtol=1e-4, atol=1e-5)
+
+
+@families
+def test_padded_captions_are_as_the_encoder_gives_them_without_a_mask(config):
+    encoder = load_text_encoder(replace(config, padding="max"))
+    tokenizer, net = encoder.tokenizer, encoder.net
+    ids = tokenizer(CAPTIONS, padding="max_length", max_length=12, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        wanted = net(input_ids=ids).last_hidden_state
+    for caption, state, want in zip(CAPTIONS, encoder.encode(CAPTIONS), wanted, strict=True):
+        assert state.shape == (12, encoder.width), caption
+        torch.testing.assert_close(state, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(clip_folder, tmp_path):
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder / "tokenizer")
+    parts = {"subfolder": "text_encoder", "tokenizer_subfolder": "tokenizer"}
+    assert load_text_encoder(text_config("clip", folder, **parts))
+    with pytest.raises(BadInput, match=r"Give encoders\.text\.padding=none"):
+        load_text_encoder(text_config("clip", folder, padding="max", **parts))
 
 
 def test_minilm_knows_what_words_mean():

@@ -8,8 +8,8 @@ from trainer.runtime.checkpoint import (
     complete,
     load,
     newest_valid,
-    read_ema,
     read_state,
+    read_weights,
     save,
 )
 
@@ -33,9 +33,14 @@ def saved(run, weights=WEIGHTS, state=STATE, keep_last=2):
 def test_what_was_saved_is_read_back(tmp_path):
     folder = saved(tmp_path)
     assert read_state(folder) == STATE
-    weights, state = read_ema(tmp_path)
+    weights, state = read_weights(tmp_path, "ema")
     assert state == STATE
     assert all(torch.equal(weights[name], WEIGHTS[name]) for name in WEIGHTS)
+    raw, state = read_weights(tmp_path, "raw")
+    assert state == STATE
+    assert all(
+        (raw[name] == 0).all() and raw[name].shape == WEIGHTS[name].shape for name in WEIGHTS
+    )
 
 
 def test_only_the_last_ones_stay(tmp_path):
@@ -58,7 +63,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 def test_saving_a_step_again_replaces_it_whole(tmp_path):
     saved(tmp_path)
     saved(tmp_path, {"a": torch.zeros(2, 3), "b": torch.zeros(5)})
-    assert (read_ema(tmp_path)[0]["b"] == 0).all()
+    assert (read_weights(tmp_path, "ema")[0]["b"] == 0).all()
 
 
 def test_a_full_disk_publishes_nothing_and_the_older_one_stands(tiny_disk):
@@ -67,5 +72,5 @@ def test_a_full_disk_publishes_nothing_and_the_older_one_stands(tiny_disk):
     with pytest.raises(BadWorld, match=r"could not save .*same command again"):
         saved(tiny_disk, big, TrainState(8, 64, 1, "d", "e", {}))
     assert newest_valid(tiny_disk / "checkpoints") == complete(tiny_disk / "checkpoints")[-1]
-    assert read_ema(tiny_disk)[1] == STATE
+    assert read_weights(tiny_disk, "ema")[1] == STATE
     assert not list((tiny_disk / "checkpoints").glob(".*"))
