@@ -32,7 +32,7 @@ COMMANDS = {
     "train": ("trainer.train", "train, or continue a run; the same command again resumes"),
     "sample": ("trainer.sample", "generate pictures from captions with a run's EMA weights"),
     "evaluate": ("trainer.evaluate", "score samples against their captions"),
-    "export": ("trainer.export", "write a run's EMA weights as a diffusers folder"),
+    "export": ("trainer.export", "write a run as a diffusers pipeline folder"),
     "report": ("trainer.report", "write the run's story as one HTML file"),
     "order": ("trainer.order", "print which samples each step of a run took"),
     "where": ("trainer.where", "say which steps of a run saw a sample"),

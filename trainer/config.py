@@ -288,6 +288,9 @@ class TrainConfig:
     encoders: EncodersConfig
     model: ModelConfig
     objective: ObjectiveConfig
+    start_from: str | None = None
+    """A diffusers folder (or its unet or transformer folder) with the first weights of a fresh
+    run's denoiser; null draws them from the seed. A resumed run has its own."""
     batch: BatchConfig
     optim: OptimConfig
     ema: EmaConfig

@@ -141,5 +141,7 @@ class ExportConfig:
 
     run: str
     """Run directory, of a denoiser or of an autoencoder."""
-    to: str
+    out: str
     """Folder to write; replaced if an export wrote it before."""
+    weights: Literal["ema", "raw"]
+    """ema: the weights' moving averages, which draw better; raw: as the optimizer left them."""

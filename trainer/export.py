@@ -1,96 +1,121 @@
-"""Write a run's averaged weights as a folder that diffusers loads with from_pretrained."""
+"""Write a run's weights as a folder that diffusers loads with from_pretrained."""
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from trainer.command import run_command
 from trainer.config import AutoencoderModelConfig, TrainConfig
 from trainer.config_tools import ExportConfig
-from trainer.data.manifest import encoding_folder, load_encoding
 from trainer.data.publish import publish_json
 from trainer.errors import BadInput
-from trainer.frozen import read_yaml, thaw
-from trainer.models.autoencoders import build_autoencoder
+from trainer.export_card import training_facts, write_card
+from trainer.export_folder import Parts, is_stock, write_pipeline
+from trainer.frozen import read_yaml
+from trainer.models.autoencoders import build_autoencoder, load_autoencoder
 from trainer.models.denoisers import build_denoiser
+from trainer.models.fingerprint import identify
 from trainer.models.loading import load_weights
-from trainer.observe.jsonl import read_rows
-from trainer.place import place
-from trainer.runtime.checkpoint import TrainState, read_ema
+from trainer.models.text_encoders import load_text_encoder, quiet_transformers
+from trainer.runtime.checkpoint import TrainState, read_weights
 
 log = logging.getLogger(__name__)
 
 TRAINING = "training.json"
-_LAST_ROWS = 20
 
 
 def main(argv: Sequence[str]) -> int:
-    """`kiln export run=RUN to=DIR`."""
+    """`kiln export run=RUN out=FOLDER`."""
     return run_command(run, ExportConfig, "export", argv)
 
 
 def run(cfg: ExportConfig) -> int:
-    """Build the folder beside its place, then move it there."""
-    run_dir, to = Path(cfg.run), Path(cfg.to)
-    _check_target(to)
+    """Write an autoencoder alone, or a denoiser's whole pipeline."""
+    run_dir, out = Path(cfg.run), Path(cfg.out)
+    _check_target(out)
     trained = read_yaml(TrainConfig, run_dir / "config.yaml")
-    weights, state = read_ema(run_dir)
-    model: nn.Module
-    if isinstance(trained.model, AutoencoderModelConfig):
-        model = build_autoencoder(trained.model)
-    else:
-        model = build_denoiser(trained.model)
-    load_weights(model, weights, source=str(run_dir))
-    inner: Any = model.inner
-    partial = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    inner.eval().save_pretrained(partial, safe_serialization=True)
-    publish_json(partial / TRAINING, training_facts(run_dir, trained, state))
-    shutil.rmtree(to, ignore_errors=True)
-    partial.rename(to)
+    weights, state = read_weights(run_dir, cfg.weights)
+    with _published(out) as folder:
+        facts = training_facts(run_dir, trained, state, weights=cfg.weights)
+        facts["num_parameters"] = sum(weight.numel() for weight in weights.values())
+        if isinstance(trained.model, AutoencoderModelConfig):
+            autoencoder = build_autoencoder(trained.model)
+            load_weights(autoencoder, weights, source=str(run_dir))
+            autoencoder.inner.eval().save_pretrained(folder)
+            what = type(autoencoder.inner).__name__
+        else:
+            parts = _load_parts(trained, state, facts, weights, source=str(run_dir))
+            with quiet_transformers():
+                facts["settings"] = write_pipeline(folder, parts)
+            stock = is_stock(trained)
+            write_card(folder, run_dir, facts, name=out.resolve().name, is_stock=stock)
+            what = "StableDiffusionPipeline" if stock else "pipeline.py, its own pipeline"
+        publish_json(folder / TRAINING, facts)
     log.info(
-        "%s: %s after %d images, %.1f M parameters",
-        to,
-        type(inner).__name__,
+        "%s: %s after %d images, %.1f M parameters trained",
+        out,
+        what,
         state.images_seen,
-        sum(p.numel() for p in model.parameters()) / 1e6,
+        facts["num_parameters"] / 1e6,
     )
     return 0
 
 
-def training_facts(run_dir: Path, trained: TrainConfig, state: TrainState) -> dict[str, Any]:
-    """Say how the weights came about: what was trained on, for how long, and how it went."""
-    metrics = read_rows(run_dir / "metrics.jsonl")
-    ledger = [row for row in read_rows(run_dir / "ledger.jsonl") if row["stage"] == "train"]
-    last = [row["train/loss"] for row in metrics[-_LAST_ROWS:]]
-    facts: dict[str, Any] = {
-        "step": state.step,
-        "images_seen": state.images_seen,
-        "dataset_fingerprint": state.dataset_fingerprint,
-        "mean_loss_of_last_rows": sum(last) / len(last) if last else None,
-        "training_s": sum(row["seconds"] for row in ledger),
-        "training_j": sum(row["joules"] for row in ledger),
-        "joules_provenance": sorted({row["provenance"] for row in ledger if row["joules"]}),
-        "weights": "exponential moving average",
-        **{name: thaw(trained)[name] for name in ("model", "objective", "batch", "optim", "seed")},
-    }
-    if state.encoding_fingerprint:
-        folder = encoding_folder(place(trained.data.dataset), state.encoding_fingerprint)
-        facts["encoding"] = load_encoding(folder).facts
-    return facts
-
-
-def _check_target(to: Path) -> None:
-    """Never delete what is no export."""
-    if to.is_dir() and any(to.iterdir()) and not (to / TRAINING).exists():
+def _load_parts(
+    trained: TrainConfig,
+    state: TrainState,
+    facts: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    source: str,
+) -> Parts:
+    assert not isinstance(trained.model, AutoencoderModelConfig)
+    found = identify(trained.encoders).fingerprint
+    if found != state.encoding_fingerprint:
         raise BadInput(
-            f"to={to} is a folder with other things in it. Give a new folder, or one that an "
+            f"{source} was trained with encoders of fingerprint {state.encoding_fingerprint}, but "
+            f"those of its config now have {found}: their files changed. Bring them back, where "
+            "encoders.autoencoder.path and encoders.text.path say."
+        )
+    denoiser = build_denoiser(trained.model)
+    load_weights(denoiser, weights, source=source)
+    return Parts(
+        cfg=trained,
+        denoiser=denoiser.eval(),
+        autoencoder=load_autoencoder(trained.encoders.autoencoder),
+        text=load_text_encoder(trained.encoders.text),
+        latent_mean_C=torch.tensor(facts["encoding"]["latent_mean"]),
+        latent_std_C=torch.tensor(facts["encoding"]["latent_std"]),
+    )
+
+
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """Give a folder beside `out`; it takes its place if the block ends well, else it goes."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def _check_target(out: Path) -> None:
+    """Never delete what is no export."""
+    if out.is_dir() and any(out.iterdir()) and not (out / TRAINING).exists():
+        raise BadInput(
+            f"out={out} is a folder with other things in it. Give a new folder, or one that an "
             "export wrote."
         )
-    if to.exists() and not to.is_dir():
-        raise BadInput(f"to={to} is a file. Give a folder.")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"out={out} is a file. Give a folder.")

@@ -113,7 +113,7 @@ def load_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
         BadWorld: The model hub did not give it.
     """
     cls, options = _CLASSES[cfg.kind]
-    with _quiet_transformers():
+    with quiet_transformers():
         net = load_frozen(cls, locate(cfg.path, cfg.subfolder), **options)
     positions = getattr(net.config, "max_position_embeddings", cfg.max_tokens)
     if cfg.max_tokens > positions:
@@ -131,7 +131,7 @@ def load_text_encoder(cfg: TextEncoderConfig) -> TextEncoder:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence the bar and the table of unused weights; missing ones are an error of ours."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.utils import dynamic_modules_utils
 from torch import nn
 
 from tests.tiny_dataset import scenes_dataset
@@ -37,3 +38,9 @@ def _tiny_run(tmp_path_factory, tiny_scenes, tiny_encoder_section):
 @pytest.fixture
 def tiny_run(_tiny_run, tmp_path) -> Path:
     return Path(shutil.copytree(_tiny_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def own_modules(monkeypatch, tmp_path):
+    """A folder for this test's pipeline.py, which diffusers copies before it imports it."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))

