@@ -44,6 +44,7 @@ from trainer.feed import Feed, open_feed
 from trainer.loop import Objective, Parts, Progress
 from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
+from trainer.models.start import load_start
 from trainer.objectives import LatentObjective, Loss, ReconstructionObjective
 from trainer.plan import Plan
 from trainer.runtime.checkpoint import TrainState, load, newest_valid, read_state
@@ -93,7 +94,7 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
         trained: Where its checkpoint stands, if there is one.
     """
     datasets = find_datasets(cfg)
-    model = build_model(cfg)
+    model = build_model(cfg, is_fresh=trained is None)
     if isinstance(cfg.model, AutoencoderModelConfig):
         objective, encoding = _first_stage(cfg), ""
     else:
@@ -140,12 +141,18 @@ def restore(built: Built, folder: Path | None) -> Progress:
     return Progress(stream, state.step, state.images_seen)
 
 
-def build_model(cfg: TrainConfig) -> nn.Module:
-    """Make the network, freshly initialised from the seed, equal on all ranks."""
+def build_model(cfg: TrainConfig, *, is_fresh: bool = True) -> nn.Module:
+    """Make the network, equal on all ranks: from the seed, or a fresh run's as `start_from` says.
+
+    Raises:
+        BadInput: The weights to start from are of another network.
+    """
     if isinstance(cfg.model, AutoencoderModelConfig):
         model: nn.Module = build_autoencoder(cfg.model, seed=cfg.seed)
     else:
-        model = build_denoiser(cfg.model, seed=cfg.seed)
+        model = denoiser = build_denoiser(cfg.model, seed=cfg.seed)
+        if is_fresh and cfg.start_from is not None:
+            load_start(denoiser, cfg.start_from, cfg.model)
     if cfg.engine.activation_checkpointing:
         model.recompute_activations()  # type: ignore[operator]
     return model

@@ -308,6 +308,11 @@ class TrainConfig:
                 f"model.kind={self.model.kind} cannot be trained with "
                 f"objective.kind={self.objective.kind}. Try objective={need}."
             )
+        if trains_autoencoder and self.start_from is not None:
+            raise ValueError(
+                f"start_from={self.start_from} is for denoisers, and model.kind="
+                f"{self.model.kind} is none. Give start_from=null."
+            )
         pooled = self.model.pooled_tokens if self.model.kind == "unet" else 0
         if 0 < pooled < self.encoders.text.max_tokens:
             raise ValueError(

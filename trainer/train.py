@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trainer.command import run_command
-from trainer.config import TrainConfig
+from trainer.config import AutoencoderModelConfig, TrainConfig
 from trainer.data.publish import publish_json
 from trainer.datasets import dataset_places, find_datasets
 from trainer.errors import BadInput
@@ -45,6 +45,8 @@ def run(cfg: TrainConfig) -> int:
             newest = newest_valid(folder / "checkpoints")
             state = read_state(newest) if newest else None
             check_feed(cfg, datasets, state.stream if state else None, files=state is None)
+            if state is None:
+                _check_start(cfg)
             for line in changes:
                 log.warning("changed since the run began: %s", line)
             freeze_config(folder, cfg)
@@ -55,6 +57,14 @@ def run(cfg: TrainConfig) -> int:
                 return 0
             plan = make_plan(cfg, step=state.step, images_seen=state.images_seen)
             return _start(folder, cfg, plan)
+
+
+def _check_start(cfg: TrainConfig) -> None:
+    """Say before any rank starts, and before the run is frozen, that weights do not fit."""
+    if cfg.start_from is not None and not isinstance(cfg.model, AutoencoderModelConfig):
+        from trainer.models.start import check_start  # noqa: PLC0415 - loads diffusers
+
+        check_start(cfg.start_from, cfg.model)
 
 
 def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:

@@ -74,7 +74,7 @@ def build_denoiser(cfg: UNetConfig | TransformerConfig, *, seed: int = 0) -> Den
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inner = _unet(cfg) if isinstance(cfg, UNetConfig) else _transformer(cfg)
+        inner = denoiser_class(cfg)(**diffusers_options(cfg))
     last = inner.conv_out if isinstance(cfg, UNetConfig) else inner.proj_out
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -82,33 +82,47 @@ def build_denoiser(cfg: UNetConfig | TransformerConfig, *, seed: int = 0) -> Den
     return Denoiser(inner, num_tokens=num_tokens)
 
 
-def _unet(cfg: UNetConfig) -> Any:  # noqa: ANN401 - diffusers is untyped
+def denoiser_class(cfg: UNetConfig | TransformerConfig) -> Any:  # noqa: ANN401 - untyped
+    """Return the diffusers class that a model section means."""
+    return UNet2DConditionModel if isinstance(cfg, UNetConfig) else PixArtTransformer2DModel
+
+
+def diffusers_options(cfg: UNetConfig | TransformerConfig) -> dict[str, Any]:
+    """Return the arguments of that class.
+
+    Raises:
+        BadInput: The numbers of the model section contradict each other.
+    """
+    return _unet(cfg) if isinstance(cfg, UNetConfig) else _transformer(cfg)
+
+
+def _unet(cfg: UNetConfig) -> dict[str, Any]:
     levels = len(cfg.block_channels)
     _check_unet(cfg)
-    return UNet2DConditionModel(
-        sample_size=cfg.latent_side,
-        in_channels=cfg.latent_channels,
-        out_channels=cfg.latent_channels,
-        block_out_channels=cfg.block_channels,
-        layers_per_block=cfg.layers_per_block,
-        down_block_types=tuple(
+    return {
+        "sample_size": cfg.latent_side,
+        "in_channels": cfg.latent_channels,
+        "out_channels": cfg.latent_channels,
+        "block_out_channels": cfg.block_channels,
+        "layers_per_block": cfg.layers_per_block,
+        "down_block_types": tuple(
             "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in cfg.cross_attention
         ),
-        up_block_types=tuple(
+        "up_block_types": tuple(
             "CrossAttnUpBlock2D" if attends else "UpBlock2D"
             for attends in reversed(cfg.cross_attention)
         ),
         # diffusers takes the number of heads under this name (its issue 2011).
-        attention_head_dim=tuple(
+        "attention_head_dim": tuple(
             cfg.block_channels[level] // cfg.head_width[level] for level in range(levels)
         ),
-        cross_attention_dim=cfg.text_width,
-        norm_num_groups=cfg.norm_groups,
-        use_linear_projection=cfg.linear_projection,
-        resnet_time_scale_shift="scale_shift" if cfg.time_scale_shift else "default",
-        addition_embed_type="text" if cfg.pooled_tokens else None,
-        addition_embed_type_num_heads=max(1, cfg.text_width // 96),
-    )
+        "cross_attention_dim": cfg.text_width,
+        "norm_num_groups": cfg.norm_groups,
+        "use_linear_projection": cfg.linear_projection,
+        "resnet_time_scale_shift": "scale_shift" if cfg.time_scale_shift else "default",
+        "addition_embed_type": "text" if cfg.pooled_tokens else None,
+        "addition_embed_type_num_heads": max(1, cfg.text_width // 96),
+    }
 
 
 def _check_unet(cfg: UNetConfig) -> None:
@@ -136,22 +150,22 @@ def _check_unet(cfg: UNetConfig) -> None:
         )
 
 
-def _transformer(cfg: TransformerConfig) -> Any:  # noqa: ANN401 - diffusers is untyped
+def _transformer(cfg: TransformerConfig) -> dict[str, Any]:
     if cfg.latent_side % cfg.patch_side:
         raise BadInput(
             f"model.latent_side={cfg.latent_side} is no multiple of "
             f"model.patch_side={cfg.patch_side}. Try model.patch_side=1."
         )
     width = cfg.num_heads * cfg.head_width
-    return PixArtTransformer2DModel(
-        num_attention_heads=cfg.num_heads,
-        attention_head_dim=cfg.head_width,
-        in_channels=cfg.latent_channels,
-        out_channels=cfg.latent_channels,
-        num_layers=cfg.num_layers,
-        cross_attention_dim=width,
-        caption_channels=cfg.text_width,
-        sample_size=cfg.latent_side,
-        patch_size=cfg.patch_side,
-        use_additional_conditions=False,
-    )
+    return {
+        "num_attention_heads": cfg.num_heads,
+        "attention_head_dim": cfg.head_width,
+        "in_channels": cfg.latent_channels,
+        "out_channels": cfg.latent_channels,
+        "num_layers": cfg.num_layers,
+        "cross_attention_dim": width,
+        "caption_channels": cfg.text_width,
+        "sample_size": cfg.latent_side,
+        "patch_size": cfg.patch_side,
+        "use_additional_conditions": False,
+    }
