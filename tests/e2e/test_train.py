@@ -82,6 +82,21 @@ def test_a_run_leaves_its_whole_story(whole):
     assert (whole / "attempts/000/rank_00001.log").exists()
 
 
+def test_a_run_starts_from_an_export_and_goes_on_without_it(encoded, whole, tmp_path):
+    exported, run = tmp_path / "exported", tmp_path / "run"
+    kiln("export", f"run={whole}", f"out={exported}")
+    still = {"start_from": exported, "optim.learning_rate": 1e-12}
+    kiln("train", *words(encoded, run, total_images=8, **still))
+    now, before = read_weights(run, "raw")[0], weights(whole)
+    for name, value in before.items():
+        torch.testing.assert_close(now[name], value, rtol=0, atol=1e-6)
+    shutil.rmtree(exported)
+    kiln("train", *words(encoded, run, total_images=16, **still))
+    other = words(encoded, tmp_path / "other", total_images=8, start_from=exported)
+    assert "which is no folder" in kiln("train", *other, code=2)
+    assert not (tmp_path / "other" / "config.yaml").exists()
+
+
 def test_which_samples_each_step_took_can_be_told_afterwards(encoded, whole):
     plan = " ".join(kiln("stream-plan", *words(encoded, whole)).split())
     num_samples = load_manifest(encoded).rows_live

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.exports import export_config, make_run
+from tests.exports import UNET, V, export_config, make_run
 from tests.tiny_dataset import scenes_dataset
 from trainer import export
 from trainer.data.manifest import load_manifest
@@ -49,8 +49,12 @@ def code(body):
     return body.split("```python\n")[1].split("```")[0]
 
 
-def test_the_words_that_load_it_work(run, tmp_path, monkeypatch, own_modules):
+@pytest.mark.parametrize("is_stock", [True, False])
+def test_the_words_that_load_it_work(is_stock, run, tmp_path, monkeypatch, own_modules):
+    if is_stock:
+        run = make_run(tmp_path / "stock", model=UNET, text="clip", padding="max", objective=V)
     _, body = card(run, tmp_path / "out")
+    assert ("trust_remote_code" in body) is not is_stock
     monkeypatch.chdir(tmp_path)
     exec(code(body), {})
     with Image.open(tmp_path / "picture.png") as picture:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from transformers import BertModel
 
 from tests.exports import (
     CAPTIONS,
@@ -19,6 +20,7 @@ from tests.exports import (
     make_run,
 )
 from trainer import export
+from trainer.models.loading import load_frozen
 
 STOCK = {"model": UNET, "text": "clip", "padding": "max"}
 OWN = {
@@ -82,6 +84,18 @@ def test_what_the_stock_pipeline_cannot_drive_gets_its_own(why, tmp_path):
         trust_remote_code=True,
     )
     assert_draws_what_kiln_draws(pipeline, run, num_steps=10, scale=3.0)
+
+
+def test_the_demos_encoder_and_network_are_drawn_with_and_load_whole(tmp_path):
+    model = {**POOLING_UNET, "text_width": 384}
+    run = make_run(tmp_path / "here", model=model, text="bert")
+    export.run(export_config(run, tmp_path / "out"))
+    pipeline = DiffusionPipeline.from_pretrained(
+        tmp_path / "out", local_files_only=True, trust_remote_code=True
+    )
+    assert_draws_what_kiln_draws(pipeline, run, num_steps=8, scale=3.0)
+    # Nothing is missing, so transformers draws no pooler at random.
+    assert load_frozen(BertModel, tmp_path / "out" / "text_encoder").pooler is not None
 
 
 @pytest.fixture
