@@ -20,6 +20,7 @@ from tests.exports import (
     make_run,
 )
 from trainer import export
+from trainer.data.null_text import read_null_text
 from trainer.models.loading import load_frozen
 
 STOCK = {"model": UNET, "text": "clip", "padding": "max"}
@@ -54,6 +55,8 @@ def test_the_stock_pipeline_draws_what_kiln_draws(objective, tmp_path):
     run = make_run(tmp_path / "here", objective=objective, **STOCK)
     export.run(export_config(run, tmp_path / "out"))
     assert not (tmp_path / "out" / "pipeline.py").exists()
+    (encoding,) = (tmp_path / "here" / "scenes" / "encodings").iterdir()
+    assert read_null_text(encoding).shape == (12, 16)  # all tokens are kept, padding too
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
     assert_draws_what_kiln_draws(pipeline, run, num_steps=8, scale=3.0)
     assert_draws_what_kiln_draws(pipeline, run, num_steps=10, scale=1.0)
