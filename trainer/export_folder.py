@@ -99,6 +99,7 @@ def write_pipeline(folder: Path, parts: Parts) -> dict[str, Any]:
         "max_tokens": cfg.encoders.text.max_tokens,
         "padding": cfg.encoders.text.padding,
         "pooled_tokens": cfg.model.pooled_tokens if cfg.model.kind == "unet" else 0,
+        "network_time": [NETWORK_STEPS / modules["scheduler"].config.num_train_timesteps, 0.0],
         "latents_mean": None if is_folded else mean_C.tolist(),
         "latents_std": None if is_folded else std_C.tolist(),
     }

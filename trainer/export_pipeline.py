@@ -16,8 +16,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-NETWORK_TIMES = 1000.0
-
 
 class KilnPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Text to picture: captions -> states -> latents by the scheduler's steps -> pixels."""
@@ -45,6 +43,7 @@ class KilnPipeline(DiffusionPipeline):  # type: ignore[misc]
             unet: Denoiser.
             transformer: Denoiser.
             settings: max_tokens, padding (none or max) and pooled_tokens as in training;
+                network_time, the factor and offset from the scheduler's times to the network's;
                 latents_mean and latents_std, where the vae does not know them.
         """
         super().__init__()
@@ -137,10 +136,10 @@ class KilnPipeline(DiffusionPipeline):  # type: ignore[misc]
         extras: dict[str, Any] = {}
         if self.transformer is not None:
             extras["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-        time = t * (NETWORK_TIMES / self.scheduler.config.num_train_timesteps)
+        scale, offset = self.settings["network_time"]
         predicted: Tensor = net(
             x,
-            timestep=time.expand(len(x)),
+            timestep=(scale * t + offset).expand(len(x)),
             encoder_hidden_states=text_BLD.to(net.dtype),
             encoder_attention_mask=mask_BL,
             **extras,
