@@ -39,16 +39,16 @@ UNET = {
     "num_parameters": 1,
 }
 POOLING_UNET = {**UNET, "pooled_tokens": 32, "time_scale_shift": True}
-FLOW = {"kind": "flow", "logit_mean": 0.0, "logit_std": 1.0, "caption_dropout": 0.1}
-EPS = {
-    "kind": "vp",
-    "prediction": "eps",
-    "num_steps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "caption_dropout": 0.1,
-}
-V = {**EPS, "prediction": "v"}
+
+
+def objective(name, **changes):
+    """A shipped objective, with changes of its process."""
+    words = [f"objective.process.{key}={value}" for key, value in changes.items()]
+    cfg = compose(TrainConfig, "train", ["data.dataset=x", f"objective={name}", *words])
+    return thaw(cfg.objective)
+
+
+FLOW, EPS, V = objective("flow"), objective("vp_eps"), objective("vp_v")
 
 
 def encoders(folder, *, text="t5", padding="none", autoencoder="kl"):
@@ -112,12 +112,11 @@ def sampling(**changes):
     return compose(SampleConfig, "sample", ["run=x", *words]).sampling
 
 
-def kiln_draws(run, *, num_steps, guidance_scale, seed=3):
+def kiln_draws(run, *, seed=3, **how):
     """Return the first noise, the normalised latents and the pictures of `CAPTIONS`."""
     sampler = load_sampler(run, device="cpu", threads=1)
     watched = Watched(sampler.autoencoder)
-    how = sampling(num_steps=num_steps, guidance_scale=guidance_scale, seed=seed)
-    pictures = replace(sampler, autoencoder=watched).sample(CAPTIONS, how)
+    pictures = replace(sampler, autoencoder=watched).sample(CAPTIONS, sampling(seed=seed, **how))
     (latents,) = watched.given
     mean, std = (x[:, None, None] for x in (sampler.latent_mean_C, sampler.latent_std_C))
     ids = torch.arange(len(CAPTIONS))

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from trainer.command import run_command
-from trainer.config import AutoencoderModelConfig, TrainConfig
+from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
 from trainer.config_tools import ExportConfig
 from trainer.data.publish import publish_json
 from trainer.errors import BadInput
 from trainer.export_card import training_facts, write_card
 from trainer.export_folder import Parts, is_stock, write_pipeline
+from trainer.export_scheduler import make_schedule
 from trainer.frozen import read_yaml
 from trainer.models.autoencoders import build_autoencoder, load_autoencoder
 from trainer.models.denoisers import build_denoiser
@@ -76,6 +77,8 @@ def _load_parts(
     source: str,
 ) -> Parts:
     assert not isinstance(trained.model, AutoencoderModelConfig)
+    assert not isinstance(trained.objective, ReconstructionConfig)
+    schedule = make_schedule(trained.objective)
     found = identify(trained.encoders).fingerprint
     if found != state.encoding_fingerprint:
         raise BadInput(
@@ -87,6 +90,7 @@ def _load_parts(
     load_weights(denoiser, weights, source=source)
     return Parts(
         cfg=trained,
+        schedule=schedule,
         denoiser=denoiser.eval(),
         autoencoder=load_autoencoder(trained.encoders.autoencoder),
         text=load_text_encoder(trained.encoders.text),

@@ -112,20 +112,19 @@ passed on; IPTC's digital source type for them is `trainedAlgorithmicMedia`. The
 that happened.
 """
 
-_OBJECTIVES = {"flow": "rectified flow (velocity)", "vp": "variance-preserving diffusion"}
+_PROCESSES = {"flow": "rectified flow", "vp": "variance-preserving diffusion", "edm": "EDM"}
 
 
 def _what(facts: Mapping[str, Any]) -> str:
     model, objective, encoders = facts["model"], facts["objective"], facts["encoders"]
-    path = _OBJECTIVES.get(objective["kind"], objective["kind"])
-    predicts = f", predicting {objective['prediction']}" if "prediction" in objective else ""
+    path = _PROCESSES[objective["process"]["kind"]]
     text, side = encoders["text"], encoders["image_side_px"]
     lines = [
         f"A {model['kind']} of {facts['num_parameters'] / 1e6:.3g} M parameters that turns "
         f"captions into pictures of {side} x {side} px, in the latents of an autoencoder. Trained "
         "with Kiln.",
         "",
-        f"- Objective: {path}{predicts}",
+        f"- Objective: {path}, predicting {objective['prediction']}",
         f"- Weights: {facts['weights']}, after {facts['images_seen']:,} training images "
         f"({facts['step']:,} steps of {facts['batch']['global_batch_images']:,})",
         f"- Autoencoder: {encoders['autoencoder']['path']} ({encoders['autoencoder']['kind']})",

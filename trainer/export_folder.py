@@ -8,19 +8,19 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from transformers import BertModel
 
 from trainer import export_pipeline
-from trainer.config import FlowConfig, ReconstructionConfig, TrainConfig, VpConfig
+from trainer.config import ReconstructionConfig, TrainConfig
+from trainer.config_diffusion import VpProcessConfig
 from trainer.data.publish import publish_json
+from trainer.export_scheduler import NETWORK_STEPS, STOCK_PREDICTIONS, Schedule
 from trainer.models.autoencoders import Autoencoder, KlAutoencoder
 from trainer.models.denoisers import Denoiser
 from trainer.models.folding import fold_normalisation
 from trainer.models.text_encoders import TextEncoder
 
 STOCK = "StableDiffusionPipeline"
-NETWORK_STEPS = 1000
 MODEL_INDEX = "model_index.json"
 _PLACES = ("_name_or_path", "name_or_path")  # configs say from where they were loaded
 
@@ -30,6 +30,7 @@ class Parts:
     """What a pipeline is made of, before it is written."""
 
     cfg: TrainConfig
+    schedule: Schedule
     denoiser: Denoiser
     autoencoder: Autoencoder
     text: TextEncoder
@@ -46,29 +47,14 @@ def is_stock(cfg: TrainConfig) -> bool:
     """
     objective, model, text = cfg.objective, cfg.model, cfg.encoders.text
     return (
-        isinstance(objective, VpConfig)
-        and objective.num_steps == NETWORK_STEPS
+        not isinstance(objective, ReconstructionConfig)
+        and isinstance(objective.process, VpProcessConfig)
+        and objective.process.num_levels == NETWORK_STEPS
+        and objective.prediction in STOCK_PREDICTIONS
         and model.kind == "unet"
         and model.pooled_tokens == 0
         and (text.kind, text.padding) == ("clip", "max")
         and cfg.encoders.autoencoder.kind == "kl"
-    )
-
-
-def make_scheduler(objective: FlowConfig | VpConfig) -> Any:  # noqa: ANN401 - diffusers is untyped
-    """Make the diffusers scheduler whose steps are those of Kiln's ddim solver."""
-    if isinstance(objective, FlowConfig):
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NETWORK_STEPS, shift=1.0)
-    return DDIMScheduler(
-        num_train_timesteps=objective.num_steps,
-        beta_start=objective.beta_start,
-        beta_end=objective.beta_end,
-        beta_schedule="scaled_linear",
-        prediction_type={"eps": "epsilon", "v": "v_prediction"}[objective.prediction],
-        timestep_spacing="trailing",  # the first step is at full noise
-        steps_offset=1,  # read for other spacings only; StableDiffusionPipeline insists
-        clip_sample=False,
-        set_alpha_to_one=True,
     )
 
 
@@ -78,8 +64,7 @@ def write_pipeline(folder: Path, parts: Parts) -> dict[str, Any]:
     Returns:
         How the parts fit together, as `trainer.pipeline_folder` reads it.
     """
-    cfg, autoencoder = parts.cfg, parts.autoencoder
-    assert not isinstance(cfg.objective, ReconstructionConfig)
+    cfg, autoencoder, schedule = parts.cfg, parts.autoencoder, parts.schedule
     is_folded = isinstance(autoencoder, KlAutoencoder)
     mean_C, std_C = parts.latent_mean_C, parts.latent_std_C
     net = autoencoder.net  # type: ignore[attr-defined]
@@ -89,7 +74,7 @@ def write_pipeline(folder: Path, parts: Parts) -> dict[str, Any]:
         "vae": fold_normalisation(net, mean_C, std_C) if is_folded else net,
         "text_encoder": _with_pooler(parts.text.net),
         "tokenizer": tokenizer,
-        "scheduler": make_scheduler(cfg.objective),
+        "scheduler": schedule.scheduler,
         cfg.model.kind: parts.denoiser.inner,
     }
     for name, module in modules.items():
@@ -99,7 +84,7 @@ def write_pipeline(folder: Path, parts: Parts) -> dict[str, Any]:
         "max_tokens": cfg.encoders.text.max_tokens,
         "padding": cfg.encoders.text.padding,
         "pooled_tokens": cfg.model.pooled_tokens if cfg.model.kind == "unet" else 0,
-        "network_time": [NETWORK_STEPS / modules["scheduler"].config.num_train_timesteps, 0.0],
+        "network_time": [schedule.time_factor, schedule.time_offset],
         "latents_mean": None if is_folded else mean_C.tolist(),
         "latents_std": None if is_folded else std_C.tolist(),
     }

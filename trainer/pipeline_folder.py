@@ -3,19 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.config import (
-    EncodersConfig,
-    FlowConfig,
-    ObjectiveConfig,
-    TransformerConfig,
-    UNetConfig,
-    VpConfig,
-)
+from trainer.config import EncodersConfig, TransformerConfig, UNetConfig
+from trainer.config_diffusion import DenoisingConfig
 from trainer.errors import BadInput
 from trainer.frozen import freeze
 from trainer.models.autoencoders import Autoencoder, load_autoencoder
@@ -32,7 +26,7 @@ class PipelineFolder:
 
     denoiser: Denoiser
     model: UNetConfig | TransformerConfig
-    objective: FlowConfig | VpConfig
+    objective: DenoisingConfig
     encoders: EncodersConfig
     """Those in the folder: its autoencoder may make normalised latents."""
     autoencoder: Autoencoder
@@ -71,12 +65,10 @@ def read_pipeline(folder: Path) -> PipelineFolder:
     load_start(denoiser, str(folder), model)
     channels, height, width = training["encoding"]["latent_shape"]
     mean, std = (training["settings"][key] for key in ("latents_mean", "latents_std"))
-    objective: object = freeze(cast(Any, ObjectiveConfig), training["objective"])
-    assert isinstance(objective, FlowConfig | VpConfig)
     return PipelineFolder(
         denoiser=denoiser.eval(),
         model=model,
-        objective=objective,
+        objective=freeze(DenoisingConfig, training["objective"]),
         encoders=encoders,
         autoencoder=load_autoencoder(encoders.autoencoder),
         text=text,

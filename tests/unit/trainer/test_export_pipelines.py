@@ -10,17 +10,17 @@ from transformers import BertModel
 
 from tests.exports import (
     CAPTIONS,
-    EPS,
     FLOW,
     POOLING_UNET,
     UNET,
-    V,
     export_config,
     kiln_draws,
     make_run,
+    objective,
 )
 from trainer import export
 from trainer.data.null_text import read_null_text
+from trainer.errors import BadInput
 from trainer.models.loading import load_frozen
 
 STOCK = {"model": UNET, "text": "clip", "padding": "max"}
@@ -41,8 +41,8 @@ def draw(pipeline, noise, output_type, **options):
     return pipeline(CAPTIONS, latents=noise, output_type=output_type, **options).images
 
 
-def assert_draws_what_kiln_draws(pipeline, run, *, num_steps, scale):
-    noise, latents, pictures = kiln_draws(run, num_steps=num_steps, guidance_scale=scale)
+def assert_draws_what_kiln_draws(pipeline, run, *, num_steps, scale, **how):
+    noise, latents, pictures = kiln_draws(run, num_steps=num_steps, guidance_scale=scale, **how)
     options = {"num_inference_steps": num_steps, "guidance_scale": scale}
     assert latents.std() > 0.3  # no empty comparison
     theirs = draw(pipeline, noise, "latent", **options)
@@ -50,9 +50,9 @@ def assert_draws_what_kiln_draws(pipeline, run, *, num_steps, scale):
     np.testing.assert_allclose(draw(pipeline, noise, "np", **options), pictures, atol=1.1 / 255)
 
 
-@pytest.mark.parametrize("objective", [EPS, V], ids=["eps", "v"])
-def test_the_stock_pipeline_draws_what_kiln_draws(objective, tmp_path):
-    run = make_run(tmp_path / "here", objective=objective, **STOCK)
+@pytest.mark.parametrize("name", ["vp_eps", "vp_v", "vp_v_zero_snr", "ddpm_eps"])
+def test_the_stock_pipeline_draws_what_kiln_draws(name, tmp_path):
+    run = make_run(tmp_path / "here", objective=objective(name), **STOCK)
     export.run(export_config(run, tmp_path / "out"))
     assert not (tmp_path / "out" / "pipeline.py").exists()
     (encoding,) = (tmp_path / "here" / "scenes" / "encodings").iterdir()
@@ -62,10 +62,10 @@ def test_the_stock_pipeline_draws_what_kiln_draws(objective, tmp_path):
     assert_draws_what_kiln_draws(pipeline, run, num_steps=10, scale=1.0)
 
 
-@pytest.mark.parametrize("objective", [FLOW, EPS, V], ids=["flow", "eps", "v"])
+@pytest.mark.parametrize("name", ["flow", "vp_eps", "vp_v"])
 @pytest.mark.parametrize("kind", OWN)
-def test_the_pipeline_in_the_folder_draws_what_kiln_draws(kind, objective, tmp_path):
-    run = make_run(tmp_path / "here", objective=objective, **OWN[kind])
+def test_the_pipeline_in_the_folder_draws_what_kiln_draws(kind, name, tmp_path):
+    run = make_run(tmp_path / "here", objective=objective(name), **OWN[kind])
     export.run(export_config(run, tmp_path / "out"))
     pipeline = DiffusionPipeline.from_pretrained(
         tmp_path / "out", local_files_only=True, trust_remote_code=True
@@ -75,10 +75,13 @@ def test_the_pipeline_in_the_folder_draws_what_kiln_draws(kind, objective, tmp_p
     assert_draws_what_kiln_draws(pipeline, run, num_steps=10, scale=1.0)
 
 
-@pytest.mark.parametrize("why", ["flow", "num_steps"])
+CANNOT = {"flow": FLOW, "500 levels": objective("vp_eps", num_levels=500)}
+CANNOT["continuous time"] = objective("vp_cosine_v")
+
+
+@pytest.mark.parametrize("why", CANNOT)
 def test_what_the_stock_pipeline_cannot_drive_gets_its_own(why, tmp_path):
-    objective = FLOW if why == "flow" else {**EPS, "num_steps": 500}
-    run = make_run(tmp_path / "here", objective=objective, **STOCK)
+    run = make_run(tmp_path / "here", objective=CANNOT[why], **STOCK)
     export.run(export_config(run, tmp_path / "out"))
     pipeline = DiffusionPipeline.from_pretrained(
         tmp_path / "out",
@@ -87,6 +90,21 @@ def test_what_the_stock_pipeline_cannot_drive_gets_its_own(why, tmp_path):
         trust_remote_code=True,
     )
     assert_draws_what_kiln_draws(pipeline, run, num_steps=10, scale=3.0)
+
+
+def test_edm_is_drawn_on_its_papers_steps(tmp_path):
+    run = make_run(tmp_path / "here", model=POOLING_UNET, objective=objective("edm"))
+    export.run(export_config(run, tmp_path / "out"))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert_draws_what_kiln_draws(pipeline, run, num_steps=8, scale=3.0, grid="karras")
+
+
+@pytest.mark.parametrize("name", ["sub_vp_score", "ve_score"])
+def test_a_process_that_no_scheduler_knows_is_refused(name, tmp_path):
+    run = make_run(tmp_path / "here", objective=objective(name))
+    with pytest.raises(BadInput, match="no scheduler in diffusers"):
+        export.run(export_config(run, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_demos_encoder_and_network_are_drawn_with_and_load_whole(tmp_path):
