@@ -76,7 +76,7 @@ class Sampler:
             ``(N, H, W, 3)`` uint8 RGB.
         """
         check_sampling(self.parameterization, sampling)
-        texts = [state_LD.to(self.device) for state_LD in self.text.encode(captions)]
+        texts = self.text.encode(captions)
         size = sampling.batch_images
 
         def draw(first: int) -> Pixels:
