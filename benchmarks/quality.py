@@ -31,12 +31,11 @@ from trainer.sampler import Sampler, load_sampler, pad_texts
 RECIPES = {
     "kiln's default": (),
     "DDPM, eps": ("objective=ddpm_eps",),
-    "SD's VP, v, min-SNR": ("objective=vp_v_min_snr",),
     "EDM": ("objective=edm",),
 }
 OURS, PLAIN = "kiln's default", "DDPM, eps"
 SEEDS = (0, 1)
-IMAGES = 10_000
+IMAGES = 24_000
 GUIDANCE = (2.0, 4.0)
 NUM_CAPTIONS = 100
 LOG_SNRS = (4.0, 2.0, 0.0, -2.0, -4.0)
