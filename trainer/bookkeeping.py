@@ -1,5 +1,6 @@
 """What happens beside training: ledger, metrics, progress and checkpoints, each when it is due."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from trainer.feed import Feed
 from trainer.frozen import thaw
 from trainer.loop import Progress, StepFacts
 from trainer.observe.energy import open_meters
+from trainer.observe.evaluations import METRICS, Merger, hold_metrics
 from trainer.observe.jsonl import JsonLines
 from trainer.observe.ledger import Ledger
 from trainer.observe.meters import Throughput
@@ -25,6 +27,12 @@ from trainer.runtime.ema import Ema
 from trainer.runtime.fragments import FragmentReader
 
 
+log = logging.getLogger(__name__)
+
+MERGE_EVERY_S = 30.0
+"""How often training looks for evaluations that finished meanwhile."""
+
+
 class Accounts:
     """Seconds, joules and metrics of one attempt; rank 0 keeps them, the others keep none."""
 
@@ -32,6 +40,10 @@ class Accounts:
         self, run: Path, cfg: TrainConfig, plan: Plan, *, attempt: int, launcher_pid: int | None
     ) -> None:
         """Open ledger and sinks; the joules count the whole tree of `launcher_pid`, all ranks."""
+        self._merger, self._merged_s = Merger(run), -MERGE_EVERY_S
+        self._held = hold_metrics(run)
+        if self._held is None:  # on NFS it may be a node that is dead: no reason not to train
+            log.warning("another process holds %s: is this run trained twice?", run / METRICS)
         meters = open_meters(tdp_w_per_core=cfg.logging.tdp_w_per_core, root_pid=launcher_pid)
         # The launcher was born for this attempt: its imports and its ranks' are `init`.
         born = psutil.Process(launcher_pid).create_time() if launcher_pid else None
@@ -92,12 +104,23 @@ class Accounts:
                     ),
                 }
             )
+            if time.monotonic() - self._merged_s >= MERGE_EVERY_S:
+                self._merge_evaluations()
 
     def close(self, *, exit_code: int) -> None:
         """Close ledger and sinks."""
         self.ledger.switch("drain")
+        self._merge_evaluations()
         self._sinks.close(exit_code=exit_code)
+        if self._held is not None:
+            self._held.close()
         self.ledger.close()
+
+    def _merge_evaluations(self) -> None:
+        """Log what `kiln evaluate` found meanwhile: nobody else may write metrics.jsonl now."""
+        self._merged_s = time.monotonic()
+        for row in self._merger.rows():
+            self._sinks.log(row)
 
 
 class Bookkeeper:

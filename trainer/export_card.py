@@ -10,7 +10,9 @@ from trainer.data.manifest import encoding_folder, load_encoding, load_manifest
 from trainer.frozen import thaw
 from trainer.models.locations import PACKAGE
 from trainer.observe.accounts import totals
+from trainer.observe.evaluations import METRICS, training_rows
 from trainer.observe.jsonl import read_rows
+from trainer.observe.ledger import read_account
 from trainer.observe.report_numbers import duration, in_joules, score_label, score_text, scores
 from trainer.place import place
 from trainer.runtime.checkpoint import TrainState
@@ -31,7 +33,7 @@ def training_facts(
     run_dir: Path, trained: TrainConfig, state: TrainState, *, weights: str
 ) -> dict[str, Any]:
     """Say how the weights came about: what was trained on, for how long, and how it went."""
-    metrics = read_rows(run_dir / "metrics.jsonl")
+    metrics = training_rows(read_rows(run_dir / METRICS))
     ledger = [row for row in read_rows(run_dir / "ledger.jsonl") if row["stage"] == "train"]
     last = [row["train/loss"] for row in metrics[-_LAST_ROWS:]]
     sections = thaw(trained)
@@ -90,7 +92,7 @@ def write_card(
         is_stock: Whether a class of diffusers loads it.
     """
     parts = [_FRONT, f"# {name}\n", _what(facts), _load(name, is_stock=is_stock), _data(facts)]
-    parts += [_cost(read_rows(run_dir / "ledger.jsonl")), _evaluation(run_dir), _SYNTHETIC]
+    parts += [_cost(read_account(run_dir)), _evaluation(run_dir), _SYNTHETIC]
     text = "\n".join(part for part in parts if part)
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -17,6 +17,7 @@ from trainer.datasets import STREAM, dataset_places, law_of
 from trainer.encoded import matching_encoding
 from trainer.errors import BadData, BadInput
 from trainer.frozen import read_yaml
+from trainer.observe.evaluations import METRICS, training_rows
 from trainer.observe.jsonl import read_rows
 from trainer.place import storage
 
@@ -175,8 +176,8 @@ def _stretches(law: Law, record: Sequence[dict[str, Any]]) -> tuple[Stretch, ...
 def _reached(run: Path, record: Sequence[dict[str, Any]]) -> tuple[int, str]:
     found = [(record[-1]["step"], STREAM)]
     found += [
-        (row["step"], "metrics.jsonl")
-        for row in read_rows(run / "metrics.jsonl")
+        (row["step"], METRICS)
+        for row in training_rows(read_rows(run / METRICS))
         if row["attempt"] == record[-1]["attempt"]
     ]
     for folder in run.glob("checkpoints/step_*"):

@@ -7,6 +7,8 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from trainer.observe.evaluations import is_evaluation
+
 ProgressMode = Literal["auto", "plain", "quiet"]
 
 
@@ -36,7 +38,9 @@ class LiveProgress:
         self._progress.start()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Redraw with this row."""
+        """Redraw with this row, unless it is an evaluation's."""
+        if is_evaluation(row):
+            return
         self._progress.update(self._task, completed=row["step"], facts=_facts(row))
 
     def close(self, *, exit_code: int = 0) -> None:
@@ -62,7 +66,9 @@ class PlainProgress:
         self._pending: Mapping[str, Any] | None = None
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Print this row if it is due."""
+        """Print this row if it is due; evaluations are not of the training's present step."""
+        if is_evaluation(row):
+            return
         self._pending = row
         now_s = self._clock_s()
         if self._printed_s is None or now_s - self._printed_s >= self._every_s:

@@ -236,8 +236,8 @@ def _energy_notes(story: Story, numbers: Numbers) -> Iterator[Html]:
 
 
 def _evaluation(story: Story) -> list[Html]:
-    found = scores(story.evaluation)
-    if not found:
+    found, charts = scores(story.evaluation), _evaluation_charts(story)
+    if not found and not charts:
         return _absent("The evaluation", f"kiln evaluate run={story.run_dir}")
     rows = [
         (
@@ -253,7 +253,23 @@ def _evaluation(story: Story) -> list[Html]:
         if isinstance(value, str | int | float)
     ]
     note = [tag("p", "; ".join(facts), class_="note")] if facts else []
-    return [table(("score", "this run", "by chance (untrained)"), rows, numeric=2), *note]
+    newest = table(("score", "this run", "by chance (untrained)"), rows, numeric=2)
+    return [newest, *note, *([tag("div", *charts, class_="charts")] if charts else [])]
+
+
+def _evaluation_charts(story: Story) -> list[Html]:
+    """Draw each score over the images seen, between the ends of its interval."""
+    keys = dict.fromkeys(key for row in story.evaluations for key in row if "/" in key)
+    charts = []
+    for key in keys:
+        if key.endswith(("_low", "_high")):
+            continue
+        ends = [Line(curve(story.evaluations, f"{key}_{end}"), "faint") for end in ("low", "high")]
+        prefix, _, name = key.partition("/")
+        title = score_label(name).capitalize() + (", raw weights" if prefix == "eval_raw" else "")
+        value = Line(curve(story.evaluations, key), "bold")
+        charts.append(line_chart(title, [*ends, value], x_label="images seen"))
+    return [chart for chart in charts if chart is not None]
 
 
 def _samples(story: Story) -> list[Html]:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from trainer.errors import BadInput
+from trainer.observe.evaluations import METRICS, evaluation_rows, training_rows
 from trainer.observe.jsonl import read_rows
 from trainer.observe.ledger import read_account
 
@@ -37,6 +38,8 @@ class Story:
     plan: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     """One row per logged step, in order of steps: of a step done twice, the last."""
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    """One row per evaluated step, in order of steps."""
     ledger: Sequence[Mapping[str, Any]]
     """The dataset's rows (prepare, encode), then the run's."""
     evaluation: Mapping[str, Any]
@@ -70,12 +73,14 @@ def read_story(
             "Give run= the folder that `kiln train` wrote."
         )
     prepared = read_account(dataset_dir) if dataset_dir else []
+    rows = read_rows(run_dir / METRICS)
     return Story(
         run_dir=run_dir,
         config=read_config(run_dir),
         plan=_read_json(run_dir / "plan.json"),
-        metrics=last_of_each_step(read_rows(run_dir / "metrics.jsonl")),
-        ledger=[*prepared, *read_rows(run_dir / "ledger.jsonl")],
+        metrics=last_of_each_step(rows),
+        evaluations=evaluation_rows(run_dir, rows),
+        ledger=[*prepared, *read_account(run_dir)],
         evaluation=_read_json(run_dir / "evaluation.json"),
         samples=_read_json(run_dir / "samples" / "index.json"),
         dataset=dataset,
@@ -94,9 +99,12 @@ def read_config(run_dir: Path) -> Mapping[str, Any]:
 
 
 def last_of_each_step(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Drop rows that a resume made obsolete: steps at or after one that was logged again later."""
+    """Drop rows that a resume made obsolete: steps at or after one that was logged again later.
+
+    Rows of evaluations, which come later than training reached their step, are left out.
+    """
     kept: list[Mapping[str, Any]] = []
-    for row in rows:
+    for row in training_rows(rows):
         while kept and kept[-1]["step"] >= row["step"]:
             kept.pop()
         kept.append(row)
