@@ -26,7 +26,6 @@ from trainer.runtime.comm import Comm
 from trainer.runtime.ema import Ema
 from trainer.runtime.fragments import FragmentReader
 
-
 log = logging.getLogger(__name__)
 
 MERGE_EVERY_S = 30.0

@@ -5,7 +5,25 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.config_diffusion import Fraction
+from trainer.config_quality import (
+    ClipFeaturesConfig,
+    EfficientNetConfig,
+    InceptionConfig,
+)
 from trainer.frozen import config
+
+SolverName = Literal[
+    "ddpm",
+    "ddim",
+    "euler_maruyama",
+    "predictor_corrector",
+    "euler",
+    "heun",
+    "dpm_2m",
+    "dpm_sde",
+    "unipc",
+    "dopri5",
+]
 
 
 @config
@@ -26,18 +44,7 @@ class ChurnConfig:
 class SamplingConfig:
     """How pictures are drawn from noise."""
 
-    solver: Literal[
-        "ddpm",
-        "ddim",
-        "euler_maruyama",
-        "predictor_corrector",
-        "euler",
-        "heun",
-        "dpm_2m",
-        "dpm_sde",
-        "unipc",
-        "dopri5",
-    ]
+    solver: SolverName
     """ddpm: ancestral. ddim: with eta. euler_maruyama: the reverse SDE; predictor_corrector: with
     Langevin steps. euler, heun (two evaluations a step), dpm_2m (DPM-Solver++), unipc: the ODE;
     dpm_sde: its stochastic sibling. dopri5: the ODE with steps of its own, to a tolerance."""
@@ -114,17 +121,69 @@ class SampleConfig:
 
 
 @config
+class CurvesConfig:
+    """Quality of one checkpoint against how it is sampled."""
+
+    steps: tuple[PositiveInt, ...]
+    """Numbers of steps, for each of the solvers."""
+    guidance: tuple[NonNegativeFloat, ...]
+    """Guidance scales, with `sampling` as it is."""
+    solvers: tuple[SolverName, ...]
+    """Solvers."""
+    num_captions: PositiveInt = 48
+    """Captions of each point, the same ones at all."""
+
+    def __post_init__(self) -> None:
+        """Refuse curves without points."""
+        if not self.guidance and not (self.steps and self.solvers):
+            raise ValueError("no points: give guidance=[...], or steps=[...] and solvers=[...].")
+
+
+@config
 class EvaluateConfig:
     """`kiln evaluate`."""
 
     run: str
     """Run directory of a trained denoiser."""
+    checkpoint: Literal["latest", "all"] | NonNegativeInt
+    """latest, all that the run still has, or a step. Several commands at once share the work."""
+    weights: Literal["ema", "raw"]
+    """ema: the weights' moving averages, which draw better; raw: as the optimizer left them."""
+    again: bool
+    """Also evaluate what has an evaluation of the same settings."""
     num_captions: PositiveInt
     """Held-out captions to draw and score."""
     num_unseen_pairs: NonNegativeInt
     """Further captions with a shape in a colour that training never showed; the harder test."""
     two_things_frac: Fraction
     """Share of the captions with two things in relation; as in the training pictures."""
+    validation: str | None
+    """Dataset, encoded like the training data, whose pairs measure the loss and whose captions are
+    drawn; null: painted scenes that were held out, else the training data."""
+    num_loss_pairs: NonNegativeInt
+    """Pictures with captions that measure the loss at fixed times and noise; 0 leaves it out."""
+    num_loss_times: PositiveInt
+    """Times of it, in the middle of as many equally likely parts of the training law."""
+    num_pictures: PositiveInt | None
+    """Drawn pictures to compare with real ones; null: those of the captions. More of them have
+    captions of the reference."""
+    reference: str | None
+    """Dataset of the real pictures; null: the validation data, else the training data."""
+    num_reference: PositiveInt
+    """Real pictures, evenly spread over the reference; their features are kept in
+    RUN/evaluations/reference."""
+    features: Annotated[
+        EfficientNetConfig | ClipFeaturesConfig | InceptionConfig | None,
+        Field(discriminator="kind"),
+    ]
+    """Network whose features are compared: Frechet and kernel distance, precision and recall."""
+    clip: str | None
+    """Folder or hub name of a CLIPModel for the CLIP score; null: that of features, if it is
+    one."""
+    bootstrap_draws: PositiveInt
+    """Half-samples that give an interval."""
+    curves: CurvesConfig | None
+    """Also draw quality against steps and guidance; null: do not."""
     num_reconstructions: NonNegativeInt
     """Pictures of the dataset to put beside their autoencoder reconstructions."""
     sampling: SamplingConfig

@@ -1,48 +1,42 @@
-"""Score a run's samples against captions that training never saw, beside chance and ceiling."""
+"""Evaluate checkpoints of a run: loss, alignment, distances to real pictures, as parallel jobs."""
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
-from data_prep.scene_score import Facts, score
-from data_prep.scenes import Scene, caption, held_out_scenes, paint, parse
+from trainer.claims import claimed, locked_folder, owner
 from trainer.command import run_command
+from trainer.config import TrainConfig
 from trainer.config_tools import EvaluateConfig
-from trainer.data.manifest import load_manifest
+from trainer.curves import CURVES, curve_passes, draw_curves
 from trainer.data.publish import publish_bytes
 from trainer.errors import BadInput
-from trainer.frozen import thaw
-from trainer.gallery import Shown, dataset_pictures, reconstructions, write_gallery
+from trainer.frozen import read_yaml, thaw
+from trainer.gallery import reconstructions, write_gallery
+from trainer.judge import Judge, Verdict
 from trainer.observe.countdown import Countdown
 from trainer.observe.energy import open_meters
+from trainer.observe.evaluations import FOLDER, merge, result_path
 from trainer.observe.ledger import Ledger
-from trainer.place import place
-from trainer.sampler import Pixels, Sampler, load_sampler
+from trainer.observe.sinks import send_to_wandb
+from trainer.runtime.checkpoint import complete, newest_valid, verify
+from trainer.sampler import Sampler, load_sampler
 
 log = logging.getLogger(__name__)
 
-FACTS = ("shape_and_colour", "background", "size", "place", "relation", "all")
-PROBE_CAPTIONS = 32
-Z_95 = 1.959964
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A count of successes with its 95 % Wilson interval."""
-
-    value: float
-    count: int
-    low: float
-    high: float
+# What changes no number, or not what an evaluation is of.
+_NO_SETTINGS = {
+    *("run", "checkpoint", "weights", "again", "curves", "sampling", "num_reconstructions"),
+    *("device", "threads"),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,138 +45,223 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(cfg: EvaluateConfig) -> int:
-    """Write RUN/evaluation.json and RUN/samples; print the scores."""
+    """Evaluate what has no evaluation yet; print the scores."""
     run_dir = Path(cfg.run)
-    sampler = load_sampler(run_dir, device=cfg.device, threads=cfg.threads)
-    meters = open_meters(tdp_w_per_core=sampler.cfg.logging.tdp_w_per_core)
-    with Ledger(run_dir / "ledger.jsonl", stage="evaluate", meters=meters) as ledger:
-        ledger.switch("evaluation")
-        judged = _judge_scenes if _has_scenes(sampler) else _judge_pictures
-        scores, samples = judged(cfg, sampler)
-        path = write_gallery(
-            run_dir / "samples", samples, reconstructions(sampler, cfg.num_reconstructions)
+    todo = [folder for folder in chosen(cfg) if cfg.again or not is_done(cfg, folder)]
+    if not todo and cfg.curves is None:
+        log.info(
+            "%s: nothing to do, %s has an evaluation of these settings; again=true makes it anew",
+            run_dir,
+            f"checkpoint={cfg.checkpoint}",
         )
-    lines = "".join(f"{shown.caption}\n" for shown in samples)
-    publish_bytes(run_dir / "captions.txt", lines.encode())
-    evaluation = {
-        "step": sampler.state.step,
-        "images_seen": sampler.state.images_seen,
-        "num_captions": len(samples),
-        "interval": "95 % Wilson",
-        "sampling": thaw(cfg.sampling),
-        **scores,
-    }
-    # Not sorted: the first score is the one that a report puts first.
-    text = json.dumps(evaluation, indent=1, allow_nan=False)
-    publish_bytes(run_dir / "evaluation.json", f"{text}\n".encode())
-    _print_scores(evaluation)
-    log.info("%d pictures: %s", len(samples), path)
+        return 0
+    trained = read_yaml(TrainConfig, run_dir / "config.yaml")
+    with _ledger(run_dir, tdp_w_per_core=trained.logging.tdp_w_per_core) as ledger:
+        ledger.switch("evaluation")
+        total = Judge.passes(cfg, len(todo)) + curve_passes(cfg)
+        with Countdown("evaluation", total, unit="passes") as countdown:
+            work = _Work(cfg, trained, countdown, total)
+            for folder in todo:
+                work.evaluate(folder)
+            if cfg.curves is not None:
+                work.draw_curves()
+            countdown.finish()
+    for evaluation in work.done:
+        _print_scores(evaluation)
     return 0
 
 
-def wilson(num_right: int, count: int) -> Share:
-    """Return a share and its 95 % interval (Wilson 1927), which is sensible at 0 and 1 too."""
-    p, z2 = num_right / count, Z_95**2
-    middle = (p + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    # At 0 and 1 the bound is p itself, but for rounding.
-    return Share(p, count, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
+def chosen(cfg: EvaluateConfig) -> list[Path]:
+    """List the checkpoints that a config means, the newest first.
+
+    Raises:
+        BadInput: There is none, or not that one.
+    """
+    root = Path(cfg.run) / "checkpoints"
+    read_yaml(TrainConfig, Path(cfg.run) / "config.yaml")
+    there = {int(folder.name.removeprefix("step_")): folder for folder in complete(root)}
+    if not there:
+        raise BadInput(
+            f"{cfg.run} has no complete checkpoint; train it first: kiln train run={cfg.run} ..."
+        )
+    match cfg.checkpoint:
+        case "all":
+            return [there[step] for step in sorted(there, reverse=True)]
+        case "latest":
+            newest = newest_valid(root)
+            if newest is None:
+                raise BadInput(f"all checkpoints in {root} are damaged. Train the run further.")
+            return [newest]
+        case step:
+            if step not in there:
+                raise BadInput(
+                    f"checkpoint={step} is not there; {root} has the steps "
+                    f"{', '.join(map(str, sorted(there)))}. Give one of them, latest or all."
+                )
+            return [there[step]]
 
 
-def shares(facts: Sequence[Facts]) -> dict[str, Share]:
-    """Return the share for which each fact holds, among those whose caption tells it."""
-    told = {name: [getattr(each, name) for each in facts] for name in FACTS}
-    kept = {name: [value for value in row if value is not None] for name, row in told.items()}
-    return {name: wilson(sum(row), len(row)) for name, row in kept.items() if row}
-
-
-def _judge_scenes(cfg: EvaluateConfig, sampler: Sampler) -> tuple[dict[str, Any], list[Shown]]:
-    """Score held-out captions of scenes exactly."""
-    seed = cfg.sampling.seed
-    two = cfg.two_things_frac
-    scenes = held_out_scenes(cfg.num_captions, seed=seed, two_things_frac=two)
-    unseen = held_out_scenes(
-        cfg.num_unseen_pairs, seed=seed, two_things_frac=two, unseen_pairs=True
-    )
-    captions = [caption(scene) for scene in scenes]
-    every = captions + [caption(scene) for scene in unseen]
-    untrained = sampler.untrained()
-    num_steps = (len(every) + len(captions)) * cfg.sampling.num_steps
-    with Countdown("sampling", num_steps, unit="steps") as countdown:
-        drawn = sampler.sample(every, cfg.sampling, on_steps=countdown.advance)
-        by_chance = untrained.sample(captions, cfg.sampling, on_steps=countdown.advance)
-    facts = score(list(drawn), every)
-    real = _painted(scenes, sampler.cfg.encoders.image_side_px)
-    columns = {
-        "": shares(facts[: len(captions)]),
-        "chance": shares(score(list(by_chance), captions)),
-        "real": shares(score(list(real), captions)),
-        "reconstructed": shares(score(list(sampler.reconstruct(real)), captions)),
-    }
-    scores = {f"{name}_frac": dict(_row(name, columns)) for name in columns[""]}
-    if unseen:
-        harder = wilson(sum(f.shape_and_colour for f in facts[len(captions) :]), len(unseen))
-        scores["shape_and_colour_unseen_pairs_frac"] = dict(_row("x", {"": {"x": harder}}))
-    shown = [
-        Shown(text, picture, fact.shape_and_colour)
-        for text, picture, fact in zip(every, drawn, facts, strict=True)
-    ]
-    return {"scores": scores, "scorer": "scenes read back"}, shown[: len(captions)]
-
-
-def _row(name: str, columns: dict[str, dict[str, Share]]) -> Iterator[tuple[str, float]]:
-    for column, found in columns.items():
-        share, prefix = found[name], f"{column}_" if column else ""
-        yield column or "value", share.value
-        yield f"{prefix}low", share.low
-        yield f"{prefix}high", share.high
-        yield f"{prefix}count", share.count
-
-
-def _judge_pictures(cfg: EvaluateConfig, sampler: Sampler) -> tuple[dict[str, Any], list[Shown]]:
-    """Say what can be said of pictures that cannot be read back: how good the autoencoder is."""
-    dataset, side_px = place(sampler.cfg.data.dataset), sampler.cfg.encoders.image_side_px
-    manifest = load_manifest(dataset)
-    found = dataset_pictures(dataset, manifest, cfg.num_captions, side_px=side_px)
-    captions = [text for text, _ in found]
-    real = np.stack([picture for _, picture in found])
-    psnr_db = float(psnr(real, sampler.reconstruct(real)).mean())
-    with Countdown("sampling", len(captions) * cfg.sampling.num_steps, unit="steps") as countdown:
-        drawn = sampler.sample(captions, cfg.sampling, on_steps=countdown.advance)
-    log.warning(
-        "%s holds no painted scenes, so no exact score exists: the captions are of training "
-        "pictures, and only the autoencoder is measured",
-        dataset,
-    )
-    facts = {
-        "scores": {"autoencoder_psnr_db": {"value": psnr_db, "count": len(real)}},
-        "scorer": "none for these pictures; captions of the training data",
-    }
-    return facts, [Shown(text, picture) for text, picture in zip(captions, drawn, strict=True)]
-
-
-def psnr(a: Pixels, b: Pixels) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return ``(N,)`` peak signal-to-noise ratios in dB of ``(N, H, W, 3)`` uint8 pictures."""
-    error = np.square(a.astype(np.float64) - b).mean((1, 2, 3))
-    ratio: np.ndarray[Any, np.dtype[np.float64]] = 10 * np.log10(255**2 / np.maximum(error, 1e-3))
-    return ratio
-
-
-def _has_scenes(sampler: Sampler) -> bool:
-    """Whether the dataset's captions are those of painted scenes."""
-    dataset = place(sampler.cfg.data.dataset)
-    found = dataset_pictures(dataset, load_manifest(dataset), PROBE_CAPTIONS, side_px=8)
+def is_done(cfg: EvaluateConfig, folder: Path) -> bool:
+    """Whether a checkpoint has an evaluation of the config's settings."""
+    path = _result(cfg, folder)
     try:
-        for text, _ in found:
-            parse(text)
-    except BadInput:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("sampling", "settings")} == settings(cfg)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return True
 
 
-def _painted(scenes: Sequence[Scene], side_px: int) -> Pixels:
-    pictures = [paint(s, side_px, side_px, jitter_seed=i) for i, s in enumerate(scenes)]
-    return np.stack([np.asarray(picture) for picture in pictures])
+def settings(cfg: EvaluateConfig) -> dict[str, Any]:
+    """Return what an evaluation's numbers depend on, beside the weights."""
+    told = thaw(cfg)
+    rest = {key: value for key, value in told.items() if key not in _NO_SETTINGS}
+    return {"sampling": told["sampling"], "settings": rest}
+
+
+class _Work:
+    """What one process does to a run's checkpoints."""
+
+    def __init__(
+        self, cfg: EvaluateConfig, trained: TrainConfig, countdown: Countdown, total: int
+    ) -> None:
+        self._cfg, self._trained = cfg, trained
+        self._countdown, self._total = countdown, total
+        self._run = Path(cfg.run)
+        self._sampler: Sampler | None = None
+        self._judge: Judge | None = None
+        self.done: list[dict[str, Any]] = []
+
+    def evaluate(self, folder: Path) -> None:
+        """Evaluate a checkpoint, unless somebody else does, or it is deleted meanwhile."""
+        claim = _result(self._cfg, folder).with_suffix(".claim")
+        with claimed(claim) as mine:
+            if not mine:
+                log.info("%s is being evaluated by %s", folder, owner(claim))
+                self._skip()
+                return
+            if is_done(self._cfg, folder) and not self._cfg.again:
+                log.info("%s was evaluated meanwhile", folder)
+                self._skip()
+                return
+            sampler = self._load(folder)
+            if sampler is not None:
+                verdict = self._open(sampler).judge(sampler)
+                self._publish(sampler, verdict)
+
+    def draw_curves(self) -> None:
+        """Draw quality against steps and guidance, of the newest checkpoint that was chosen."""
+        folder = chosen(self._cfg)[0]
+        claim = self._run / FOLDER / CURVES / ".claim"
+        with claimed(claim) as mine:
+            if not mine:
+                log.info("the curves are being drawn by %s", owner(claim))
+                return
+            sampler = self._load(folder)
+            if sampler is not None:
+                draw_curves(self._cfg, sampler, self._open(sampler), self._countdown.advance)
+
+    def _open(self, sampler: Sampler) -> Judge:
+        if self._judge is None:
+            self._judge = Judge(self._cfg, sampler, self._countdown.advance)
+        return self._judge
+
+    def _load(self, folder: Path) -> Sampler | None:
+        """Load a checkpoint's weights; None, with a warning, if training deleted it meanwhile."""
+        cfg = self._cfg
+        try:
+            problem = verify(folder)
+            if problem is None and self._sampler is not None:
+                self._sampler = self._sampler.with_weights(self._run, folder, cfg.weights)
+            elif problem is None:
+                self._sampler = load_sampler(
+                    self._run,
+                    device=cfg.device,
+                    threads=cfg.threads,
+                    checkpoint=folder,
+                    weights=cfg.weights,
+                )
+        except (BadInput, OSError, SafetensorError):
+            if folder in complete(folder.parent):
+                raise
+            problem = "training deleted it meanwhile; checkpoint.keep_last=N keeps more"
+        if problem is None:
+            return self._sampler
+        if cfg.checkpoint != "all" and folder in complete(folder.parent):
+            raise BadInput(f"{folder} is damaged ({problem}). Give another checkpoint=.")
+        log.warning("%s is not evaluated: %s", folder, problem)
+        self._skip()
+        return None
+
+    def _skip(self) -> None:
+        """Expect less, for the time left."""
+        self._total -= Judge.passes(self._cfg, 1) - Judge.passes(self._cfg, 0)
+        self._countdown.expect(self._total)
+
+    def _publish(self, sampler: Sampler, verdict: Verdict) -> None:
+        cfg, step = self._cfg, sampler.state.step
+        evaluation = {
+            "step": step,
+            "images_seen": sampler.state.images_seen,
+            "weights": cfg.weights,
+            "num_captions": len(verdict.shown),
+            "interval": "95 %: Wilson's for shares, by half-samples for others",
+            **settings(cfg),
+            **verdict.facts,
+        }
+        # Not sorted: the first score is the one that a report puts first.
+        text = f"{json.dumps(evaluation, indent=1, allow_nan=False)}\n".encode()
+        pairs = reconstructions(sampler, cfg.num_reconstructions)
+        with locked_folder(self._run / FOLDER):
+            publish_bytes(result_path(self._run, step, cfg.weights), text)
+            newest = self._run / "evaluation.json"
+            if step >= _step_of(newest):
+                grid = write_gallery(self._run / "samples", verdict.shown, pairs)
+                lines = "".join(f"{shown.caption}\n" for shown in verdict.shown)
+                publish_bytes(self._run / "captions.txt", lines.encode())
+                publish_bytes(newest, text)
+                log.info("%d pictures: %s", len(verdict.shown), grid)
+            rows = merge(self._run)
+        self.done.append(evaluation)
+        if rows is None:
+            log.info("the run is being trained: its metrics take the numbers in within a minute")
+            return
+        logging_ = self._trained.logging
+        send_to_wandb(
+            self._run,
+            rows,
+            config=thaw(self._trained),
+            wandb=logging_.wandb,
+            project=logging_.wandb_project,
+        )
+
+
+def _result(cfg: EvaluateConfig, folder: Path) -> Path:
+    return result_path(Path(cfg.run), int(folder.name.removeprefix("step_")), cfg.weights)
+
+
+def _step_of(path: Path) -> int:
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+@contextmanager
+def _ledger(run_dir: Path, *, tdp_w_per_core: float) -> Iterator[Ledger]:
+    """Open an account of this process alone: others may evaluate, and training may go on."""
+    folder = run_dir / "ledger"
+    folder.mkdir(exist_ok=True)
+    number = 0
+    while True:
+        path = folder / f"evaluate-{number:04d}.jsonl"
+        try:
+            path.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            number += 1
+    meters = open_meters(tdp_w_per_core=tdp_w_per_core)
+    with Ledger(path, stage="evaluate", attempt=number, meters=meters) as ledger:
+        yield ledger
 
 
 def _print_scores(evaluation: dict[str, Any]) -> None:
@@ -201,9 +280,8 @@ def _print_scores(evaluation: dict[str, Any]) -> None:
 def _cell(name: str, facts: dict[str, float], column: str) -> str:
     if column not in facts:
         return "-"
-    if not name.endswith("_frac"):
-        return f"{facts[column]:.1f}"
-    text = f"{100 * facts[column]:.0f} %"
-    if column == "value":  # the other intervals are in evaluation.json
-        text += f" ({100 * facts['low']:.0f}-{100 * facts['high']:.0f})"
+    scale, form = (100, "{:.0f}") if name.endswith("_frac") else (1, "{:.4g}")
+    text = form.format(scale * facts[column]) + (" %" if scale == 100 else "")
+    if column == "value" and "low" in facts:  # the other intervals are in evaluation.json
+        text += f" ({form.format(scale * facts['low'])}-{form.format(scale * facts['high'])})"
     return text

@@ -102,10 +102,11 @@ def dataset_pictures(
     entry = manifest.shards[0]
     with Shard(entry.tar(dataset), read_index(entry.index(dataset))) as shard:
         rows = np.linspace(0, entry.count - 1, min(count, entry.count)).astype(int).tolist()
-        return [(shard.caption(row), _picture(shard, row, side_px)) for row in rows]
+        return [(shard.caption(row), read_picture(shard, row, side_px)) for row in rows]
 
 
-def _picture(shard: Shard, row: int, side_px: int) -> Pixels:
+def read_picture(shard: Shard, row: int, side_px: int) -> Pixels:
+    """Read the picture of a sample as a square."""
     extension = next(ext for ext in shard.extensions(row) if ext in _PICTURES)
     name = f"{shard.path}: {shard.keys[row]}.{extension}"
     return decode_square(shard.read(row, extension), side_px, name=name)

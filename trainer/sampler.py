@@ -28,7 +28,7 @@ from trainer.models.loading import load_weights
 from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
 from trainer.place import place
-from trainer.runtime.checkpoint import TrainState, read_weights
+from trainer.runtime.checkpoint import TrainState, Weights, read_weights
 
 Pixels = NDArray[np.uint8]
 RECONSTRUCTION_BATCH = 32
@@ -110,6 +110,14 @@ class Sampler:
         fresh = build_denoiser(self.cfg.model, seed=self.cfg.seed)
         return replace(self, model=fresh.to(self.device).eval())
 
+    def with_weights(self, run: Path, checkpoint: Path, which: Weights) -> "Sampler":
+        """Return a sampler with other weights of the same run."""
+        assert not isinstance(self.cfg.model, AutoencoderModelConfig)
+        weights, state = read_weights(run, which, checkpoint=checkpoint)
+        model = build_denoiser(self.cfg.model)
+        load_weights(model, weights, source=str(checkpoint))
+        return replace(self, state=state, model=model.to(self.device).eval())
+
     @torch.inference_mode()
     def _draw(
         self,
@@ -141,8 +149,22 @@ class Sampler:
         return x_BCHW
 
 
-def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
-    """Load a run's averaged weights and the encoders of its latents.
+def load_sampler(
+    run: Path,
+    *,
+    device: str,
+    threads: int,
+    checkpoint: Path | None = None,
+    weights: Weights = "ema",
+) -> Sampler:
+    """Load a run's weights and the encoders of its latents.
+
+    Args:
+        run: Run directory.
+        device: cpu or cuda.
+        threads: Batches at the same time.
+        checkpoint: One of the run's; the newest valid one without.
+        weights: Averaged or raw.
 
     Raises:
         BadInput: No such run, no checkpoint, an autoencoder's run, or a dataset whose latents
@@ -159,9 +181,9 @@ def load_sampler(run: Path, *, device: str, threads: int) -> Sampler:
     assert not isinstance(cfg.objective, ReconstructionConfig)
     dataset = place(cfg.data.dataset)
     encoding = matching_encoding(cfg, dataset, load_manifest(dataset))
-    weights, state = read_weights(run, "ema")
+    tensors, state = read_weights(run, weights, checkpoint=checkpoint)
     model = build_denoiser(cfg.model)
-    load_weights(model, weights, source=str(run))
+    load_weights(model, tensors, source=str(run))
     where = torch.device(device)
     text = load_text_encoder(cfg.encoders.text).to(where)
     channels, height, width = encoding.facts["latent_shape"]

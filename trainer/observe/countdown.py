@@ -55,6 +55,11 @@ class Countdown:
         self._bar.update(self._task, total=total)
         self.update(done)
 
+    def expect(self, total: int) -> None:
+        """Take a new total of work; what is done stays done."""
+        self._total = total
+        self._bar.update(self._task, total=total)
+
     def advance(self, more: int) -> None:
         """Count `more` as done; any thread may."""
         with self._lock:

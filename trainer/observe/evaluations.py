@@ -108,7 +108,7 @@ def hold_metrics(run: Path) -> BinaryIO | None:
     return None
 
 
-def merge(run: Path, *, attempt: int) -> list[dict[str, Any]] | None:
+def merge(run: Path) -> list[dict[str, Any]] | None:
     """Append the rows of finished evaluations to metrics.jsonl, unless a training run writes it.
 
     Returns:
@@ -118,8 +118,8 @@ def merge(run: Path, *, attempt: int) -> list[dict[str, Any]] | None:
     if held is None:
         return None
     with held:
-        stamp = {"time_unix_s": round(time.time(), 3), "attempt": attempt}
-        rows = [{**row, **stamp} for row in Merger(run).rows()]
+        now_unix_s = round(time.time(), 3)
+        rows = [{**row, "time_unix_s": now_unix_s} for row in Merger(run).rows()]
         file = JsonLines(run / METRICS)
         try:
             file.append(rows)

@@ -165,6 +165,24 @@ class Sinks:
         self.close(exit_code=0 if kind is None else 1)
 
 
+def send_to_wandb(
+    run_dir: Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    config: Mapping[str, Any],
+    wandb: WandbMode,
+    project: str,
+) -> None:
+    """Send rows that metrics.jsonl has already, of a run that nobody trains now, to its W&B run."""
+    mode = resolve_wandb_mode(wandb, os.environ)
+    if mode == "off" or not rows:
+        return
+    sink = WandbSink(run_dir, mode=mode, project=project, config=config)
+    for row in rows:
+        sink.log(row)
+    sink.close()
+
+
 def run_id(run_dir: Path, config: Mapping[str, Any]) -> str:
     """Derive the W&B run id from name and config, and keep it: all attempts continue one run."""
     kept = run_dir / "wandb_run_id"

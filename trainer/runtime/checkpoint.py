@@ -22,6 +22,7 @@ from trainer.runtime.fragments import MOMENTS, FragmentReader
 
 log = logging.getLogger(__name__)
 
+Weights = Literal["ema", "raw"]
 SCHEMA = 1
 _RECORD = "checkpoint.json"
 
@@ -144,12 +145,15 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**_read_record(folder)["state"])
 
 
-def read_weights(run: Path, which: Literal["ema", "raw"]) -> tuple[dict[str, Tensor], TrainState]:
+def read_weights(
+    run: Path, which: Weights, *, checkpoint: Path | None = None
+) -> tuple[dict[str, Tensor], TrainState]:
     """Put the weights of a run's newest valid checkpoint together; reads nothing else.
 
     Args:
         run: Run directory.
         which: Their exponential moving averages, or the weights as the optimizer left them.
+        checkpoint: Another checkpoint than the newest.
 
     Returns:
         Every parameter by name, fp32 on CPU in its full shape, and where training stood.
@@ -157,7 +161,7 @@ def read_weights(run: Path, which: Literal["ema", "raw"]) -> tuple[dict[str, Ten
     Raises:
         BadInput: The run has no valid checkpoint.
     """
-    folder = newest_valid(run / "checkpoints")
+    folder = checkpoint or newest_valid(run / "checkpoints")
     if folder is None:
         raise BadInput(
             f"{run} has no complete checkpoint; train it first: kiln train run={run} ..."

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_prep.scenes import is_held_out, parse
 from tests.tiny_dataset import publish, sample
 from tests.tiny_run import denoiser_config, encode_dataset, save_run
-from trainer import evaluate
+from trainer import evaluate, judging
 from trainer.config_tools import EvaluateConfig
 from trainer.frozen import compose
 from trainer.models.denoisers import build_denoiser
@@ -18,16 +18,17 @@ from trainer.models.denoisers import build_denoiser
 
 def config(run, *words):
     few = ["sampling.num_steps=1", "sampling.solver=ddim", "threads=1", "num_captions=12"]
-    rest = ["num_unseen_pairs=4", "num_reconstructions=2"]
+    rest = ["num_unseen_pairs=4", "num_reconstructions=2", "num_loss_pairs=6", "num_loss_times=3"]
+    rest += ["features=none"]
     return compose(EvaluateConfig, "evaluate", [f"run={run}", *few, *rest, *words])
 
 
 @given(count=st.integers(1, 10_000), data=st.data())
 def test_wilsons_interval_holds_its_share_and_lies_in_bounds(count, data):
     right = data.draw(st.integers(0, count))
-    share = evaluate.wilson(right, count)
+    share = judging.wilson(right, count)
     assert 0 <= share.low <= share.value <= share.high <= 1
-    opposite = evaluate.wilson(count - right, count)
+    opposite = judging.wilson(count - right, count)
     assert share.low == pytest.approx(1 - opposite.high)
 
 
@@ -36,15 +37,15 @@ def test_wilsons_interval_covers_as_often_as_it_says():
     covered = []
     for p in (0.05, 0.5, 0.9):
         for right in rng.binomial(80, p, size=2000):
-            share = evaluate.wilson(int(right), 80)
+            share = judging.wilson(int(right), 80)
             covered.append(share.low <= p <= share.high)
     assert 0.93 < np.mean(covered) < 0.97
 
 
 def test_psnr_of_equal_pictures_is_high_and_falls_with_the_error():
     a = np.full((1, 4, 4, 3), 100, dtype=np.uint8)
-    assert evaluate.psnr(a, a)[0] > 70
-    assert evaluate.psnr(a, a + 10)[0] == pytest.approx(20 * np.log10(25.5))
+    assert judging.psnr(a, a)[0] > 70
+    assert judging.psnr(a, a + 10)[0] == pytest.approx(20 * np.log10(25.5))
 
 
 def test_scenes_are_scored_beside_chance_and_ceiling(tiny_run, capsys):
@@ -77,7 +78,7 @@ def test_no_caption_was_ever_trained_on(tiny_run):
 def test_evaluated_twice_it_says_the_same(tiny_run):
     evaluate.run(config(tiny_run))
     first = (tiny_run / "evaluation.json").read_bytes()
-    evaluate.run(config(tiny_run))
+    evaluate.run(config(tiny_run, "again=true"))
     assert (tiny_run / "evaluation.json").read_bytes() == first
 
 
@@ -91,7 +92,7 @@ def test_pictures_that_are_no_scenes_get_no_made_up_score(tmp_path, tiny_encoder
     save_run(cfg, run, build_denoiser(cfg.model))
     assert evaluate.run(config(run)) == 0
     found = json.loads((run / "evaluation.json").read_text())
-    assert list(found["scores"]) == ["autoencoder_psnr_db"]
+    assert list(found["scores"]) == ["autoencoder_psnr_db", "loss", "v_error"]
     assert found["num_captions"] == 3
     assert "no exact score" in caplog.text
     index = json.loads((run / "samples/index.json").read_text())
