@@ -102,13 +102,22 @@ def save_run(cfg, run, model):
     """Write config, metrics and one checkpoint whose averages are the model's weights."""
     run.mkdir(parents=True)
     write_yaml(cfg, run / "config.yaml")
+    save_checkpoint(cfg, run, model, step=8)
+    rows = JsonLines(run / "metrics.jsonl")
+    rows.append([{"step": n, "images_seen": 8 * n, "train/loss": 1 / n} for n in range(1, 9)])
+    rows.close()
+    return run
+
+
+def save_checkpoint(cfg, run, model, *, step, keep_last=9):
+    """Save a checkpoint after `step` steps of 8 images."""
     weights = dict(model.named_parameters())
     dataset = Path(cfg.data.dataset)
     manifest = load_manifest(dataset)
     encodings = [] if cfg.model.kind == "autoencoder_kl" else list_encodings(dataset)
     state = TrainState(
-        step=8,
-        images_seen=64,
+        step=step,
+        images_seen=8 * step,
         seed=cfg.seed,
         dataset_fingerprint=manifest.fingerprint,
         encoding_fingerprint=encodings[0].fingerprint if encodings else "",
@@ -116,8 +125,5 @@ def save_run(cfg, run, model):
     )
     fragments = WholeTensors(weights)
     shapes = {name: list(value.shape) for name, value in weights.items()}
-    save(run / "checkpoints", state, fragments, fragments, OneRank(), shapes=shapes, keep_last=1)
-    rows = JsonLines(run / "metrics.jsonl")
-    rows.append([{"step": n, "images_seen": 8 * n, "train/loss": 1 / n} for n in range(1, 9)])
-    rows.close()
-    return run
+    root = run / "checkpoints"
+    save(root, state, fragments, fragments, OneRank(), shapes=shapes, keep_last=keep_last)
