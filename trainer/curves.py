@@ -19,6 +19,7 @@ from data_prep.scene_score import score
 from trainer.config_tools import EvaluateConfig, SamplingConfig
 from trainer.curve_pictures import Cells, draw_chart, draw_grid
 from trainer.data.publish import publish_json, published
+from trainer.diffusion.parameterization import Parameterization
 from trainer.drawing import check_sampling
 from trainer.errors import BadInput
 from trainer.fidelity import FEWEST
@@ -68,6 +69,16 @@ def points(cfg: EvaluateConfig) -> list[Point]:
     return found
 
 
+def check_curves(cfg: EvaluateConfig, parameterization: Parameterization) -> None:
+    """Refuse what a solver cannot do on a run's process, before anything is drawn.
+
+    Raises:
+        BadInput: As `trainer.drawing.check_sampling`.
+    """
+    for point in points(cfg):
+        check_sampling(parameterization, point.sampling)
+
+
 def curve_passes(cfg: EvaluateConfig) -> int:
     """Return how many passes of a picture through the denoiser the curves cost, about."""
     count = cfg.curves.num_captions if cfg.curves else 0
@@ -82,11 +93,8 @@ def draw_curves(
     """Draw every point that is not there yet, then the charts and grids; return curves.json.
 
     Raises:
-        BadInput: A solver cannot do that on this run's process, or nothing can be scored.
+        BadInput: Nothing can be scored.
     """
-    todo = points(cfg)
-    for point in todo:
-        check_sampling(sampler.parameterization, point.sampling)
     if not judge.material.has_scenes and judge.fidelity is None:
         raise BadInput(
             "curves= needs something to score: these are no painted scenes, and no network gives "
@@ -96,7 +104,7 @@ def draw_curves(
     folder = Path(cfg.run) / FOLDER
     captions = judge.material.captions[: cfg.curves.num_captions]
     rows = []
-    for point in todo:
+    for point in points(cfg):
         rows.append(_measure(point, cfg, sampler, judge, captions=captions, advance=advance))
     told = {
         "step": sampler.state.step,

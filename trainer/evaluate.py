@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
+from trainer.build import build_parameterization
 from trainer.claims import claimed, locked_folder, owner
 from trainer.command import run_command
 from trainer.config import TrainConfig
 from trainer.config_tools import EvaluateConfig
-from trainer.curves import CURVES, curve_passes, draw_curves
+from trainer.config_diffusion import DenoisingConfig
+from trainer.curves import CURVES, check_curves, curve_passes, draw_curves
 from trainer.data.publish import publish_bytes
 from trainer.errors import BadInput
 from trainer.frozen import read_yaml, thaw
@@ -56,13 +58,18 @@ def run(cfg: EvaluateConfig) -> int:
         )
         return 0
     trained = read_yaml(TrainConfig, run_dir / "config.yaml")
+    if isinstance(trained.objective, DenoisingConfig):  # of others the sampler says what is wrong
+        check_curves(cfg, build_parameterization(trained.objective))
     with _ledger(run_dir, tdp_w_per_core=trained.logging.tdp_w_per_core) as ledger:
         ledger.switch("evaluation")
         total = Judge.passes(cfg, len(todo)) + curve_passes(cfg)
         with Countdown("evaluation", total, unit="passes") as countdown:
-            work = _Work(cfg, trained, countdown, total)
+            work = Work(cfg, trained, countdown, total)
             for folder in todo:
                 work.evaluate(folder)
+            while cfg.checkpoint == "latest" and todo and not work.done and not is_there(todo[0]):
+                todo = chosen(cfg)  # it was deleted for a newer one
+                work.evaluate(todo[0])
             if cfg.curves is not None:
                 work.draw_curves()
             countdown.finish()
@@ -111,6 +118,11 @@ def is_done(cfg: EvaluateConfig, folder: Path) -> bool:
         return False
 
 
+def is_there(folder: Path) -> bool:
+    """Whether a checkpoint is complete, and was not deleted."""
+    return folder in complete(folder.parent)
+
+
 def settings(cfg: EvaluateConfig) -> dict[str, Any]:
     """Return what an evaluation's numbers depend on, beside the weights."""
     told = thaw(cfg)
@@ -118,7 +130,7 @@ def settings(cfg: EvaluateConfig) -> dict[str, Any]:
     return {"sampling": told["sampling"], "settings": rest}
 
 
-class _Work:
+class Work:
     """What one process does to a run's checkpoints."""
 
     def __init__(
@@ -126,10 +138,12 @@ class _Work:
     ) -> None:
         self._cfg, self._trained = cfg, trained
         self._countdown, self._total = countdown, total
+        """Take what to do, and where to say how far it is, of a total."""
         self._run = Path(cfg.run)
         self._sampler: Sampler | None = None
         self._judge: Judge | None = None
         self.done: list[dict[str, Any]] = []
+        """The evaluations that were made."""
 
     def evaluate(self, folder: Path) -> None:
         """Evaluate a checkpoint, unless somebody else does, or it is deleted meanwhile."""
@@ -180,13 +194,15 @@ class _Work:
                     checkpoint=folder,
                     weights=cfg.weights,
                 )
-        except (BadInput, OSError, SafetensorError):
-            if folder in complete(folder.parent):
+        except (BadInput, OSError, SafetensorError) as error:
+            if is_there(folder):
                 raise
-            problem = "training deleted it meanwhile; checkpoint.keep_last=N keeps more"
+            problem = str(error)
         if problem is None:
             return self._sampler
-        if cfg.checkpoint != "all" and folder in complete(folder.parent):
+        if not is_there(folder):
+            problem = "training deleted it meanwhile; a larger checkpoint.keep_last keeps more"
+        elif cfg.checkpoint != "all":
             raise BadInput(f"{folder} is damaged ({problem}). Give another checkpoint=.")
         log.warning("%s is not evaluated: %s", folder, problem)
         self._skip()
