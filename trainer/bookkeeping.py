@@ -41,8 +41,11 @@ class Accounts:
         """Open ledger and sinks; the joules count the whole tree of `launcher_pid`, all ranks."""
         self._merger, self._merged_s = Merger(run), -MERGE_EVERY_S
         self._held = hold_metrics(run)
-        if self._held is None:  # on NFS it may be a node that is dead: no reason not to train
-            log.warning("another process holds %s: is this run trained twice?", run / METRICS)
+        if self._held is None:  # a node that is dead may hold it on NFS: no reason not to train
+            log.warning(
+                "%s cannot be locked: is this run trained twice, or has its file system no locks?",
+                run / METRICS,
+            )
         meters = open_meters(tdp_w_per_core=cfg.logging.tdp_w_per_core, root_pid=launcher_pid)
         # The launcher was born for this attempt: its imports and its ranks' are `init`.
         born = psutil.Process(launcher_pid).create_time() if launcher_pid else None

@@ -5,7 +5,7 @@ Its owner renews the file's time stamp every minute. It is stale when its proces
 another host, when it was not renewed for fifteen minutes; then the next process takes it over.
 
 Limits: other hosts' claims are judged by the clock, so clocks must agree within ten minutes; where
-the file system's locks or O_EXCL do not work between hosts (NFS 2), or an owner hangs for fifteen
+the file system has no locks or no O_EXCL between hosts (Lustre without -o flock, NFS 2), or an owner hangs for fifteen
 minutes and then goes on, work may be done twice. Its results are published whole, so that costs
 time and nothing else.
 """
@@ -34,7 +34,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Wait until no other process is in such a block of the same folder; make the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # without locks the claims' O_EXCL must do
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

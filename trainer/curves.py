@@ -25,8 +25,8 @@ from trainer.errors import BadInput
 from trainer.fidelity import FEWEST
 from trainer.frozen import thaw
 from trainer.judge import Judge, passes_per_step
-from trainer.judging import Share, wilson
 from trainer.observe.evaluations import FOLDER
+from trainer.quality.shares import Share, wilson
 from trainer.sampler import Pixels, Sampler
 
 log = logging.getLogger(__name__)

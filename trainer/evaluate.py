@@ -16,8 +16,8 @@ from trainer.build import build_parameterization
 from trainer.claims import claimed, locked_folder, owner
 from trainer.command import run_command
 from trainer.config import TrainConfig
-from trainer.config_tools import EvaluateConfig
 from trainer.config_diffusion import DenoisingConfig
+from trainer.config_tools import EvaluateConfig
 from trainer.curves import CURVES, check_curves, curve_passes, draw_curves
 from trainer.data.publish import publish_bytes
 from trainer.errors import BadInput
@@ -239,7 +239,7 @@ class Work:
             rows = merge(self._run)
         self.done.append(evaluation)
         if rows is None:
-            log.info("the run is being trained: its metrics take the numbers in within a minute")
+            log.info("the run is being trained, and its metrics take the numbers in meanwhile")
             return
         logging_ = self._trained.logging
         send_to_wandb(

@@ -14,7 +14,6 @@ import numpy as np
 from trainer.config_quality import ClipFeaturesConfig, EfficientNetConfig, FeaturesConfig
 from trainer.config_tools import EvaluateConfig
 from trainer.data.manifest import load_manifest
-from trainer.judging import Share, wilson
 from trainer.models.parallel import one_core_workers
 from trainer.observe.evaluations import FOLDER
 from trainer.place import place
@@ -23,6 +22,7 @@ from trainer.quality.clip import Clip
 from trainer.quality.features import NetworkFeatures, Pictures, Rows, load_features
 from trainer.quality.reference import reference_features
 from trainer.quality.resampled import frechet_statistic, kernel_statistic, mean_statistic
+from trainer.quality.shares import Share, wilson
 from trainer.quality.statistics import Gaussian, cosines, fit_gaussian, precision_and_recall
 from trainer.real_pictures import picture_batches
 from trainer.sampler import Sampler

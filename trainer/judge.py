@@ -16,7 +16,6 @@ from trainer.fidelity import ENOUGH, FEWEST, Fidelity, clip_score, open_clip, op
 from trainer.fixed_loss import LEVELS, Pairs, loss_scores, normalised
 from trainer.gallery import Shown
 from trainer.judging import (
-    Share,
     has_scenes,
     judge_scenes,
     painted,
@@ -29,6 +28,7 @@ from trainer.judging import (
 from trainer.models.parallel import one_core_workers
 from trainer.place import place
 from trainer.quality.features import Rows
+from trainer.quality.shares import Share
 from trainer.real_pictures import captioned_pictures, encoded_pairs
 from trainer.sampler import RECONSTRUCTION_BATCH, Pixels, Sampler
 

@@ -1,6 +1,5 @@
 """What drawn pictures of painted scenes show, read back and counted; beside chance and ceiling."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,22 +11,12 @@ from data_prep.scene_score import Facts, score
 from data_prep.scenes import Scene, caption, held_out_scenes, paint, parse
 from trainer.config_tools import EvaluateConfig
 from trainer.errors import BadInput
+from trainer.quality.shares import Share, wilson
 from trainer.real_pictures import captioned_pictures
 from trainer.sampler import Pixels, Sampler
 
 FACTS = ("shape_and_colour", "background", "size", "place", "relation", "all")
 PROBE_CAPTIONS = 32
-Z_95 = 1.959964
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A measured number with its 95 % interval; of a share the interval is Wilson's."""
-
-    value: float
-    count: int
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -42,15 +31,6 @@ class Material:
     """Pictures that belong to `captions`: real ones, reconstructed, and drawn by chance."""
     has_scenes: bool
     """Whether pictures can be read back."""
-
-
-def wilson(num_right: int, count: int) -> Share:
-    """Return a share and its 95 % interval (Wilson 1927), which is sensible at 0 and 1 too."""
-    p, z2 = num_right / count, Z_95**2
-    middle = (p + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    # At 0 and 1 the bound is p itself, but for rounding.
-    return Share(p, count, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
 
 
 def shares(facts: Sequence[Facts]) -> dict[str, Share]:

@@ -95,7 +95,8 @@ class Merger:
 def hold_metrics(run: Path) -> BinaryIO | None:
     """Be the writer of metrics.jsonl until the file that is returned is closed, or a kill.
 
-    None: another process is that, and stays it for more than a second.
+    None: another process is that, and stays it for more than a second, or the file system has no
+    locks.
     """
     file = (run / METRICS).open("ab")
     for _ in range(_HOLD_TRIES):
@@ -104,6 +105,8 @@ def hold_metrics(run: Path) -> BinaryIO | None:
             return file
         except BlockingIOError:
             time.sleep(_HOLD_PAUSE_S)
+        except OSError:  # Lustre without -o flock
+            break
     file.close()
     return None
 
@@ -112,7 +115,8 @@ def merge(run: Path) -> list[dict[str, Any]] | None:
     """Append the rows of finished evaluations to metrics.jsonl, unless a training run writes it.
 
     Returns:
-        The rows that were appended; None: another process holds the file, and will do it.
+        The rows that were appended; None: another process holds the file, and will do it, or
+        nothing can be locked, and whoever trains the run next will.
     """
     held = hold_metrics(run)
     if held is None:

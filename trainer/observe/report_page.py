@@ -9,6 +9,7 @@ import yaml
 
 from trainer.observe.accounts import Total, close_check, totals
 from trainer.observe.charts import WIDE_PX, Line, line_chart, smooth
+from trainer.observe.evaluations import FOLDER
 from trainer.observe.html import Html, cards, join, page, picture, table, tag
 from trainer.observe.ledger import Bucket
 from trainer.observe.report_numbers import (
@@ -254,7 +255,20 @@ def _evaluation(story: Story) -> list[Html]:
     ]
     note = [tag("p", "; ".join(facts), class_="note")] if facts else []
     newest = table(("score", "this run", "by chance (untrained)"), rows, numeric=2)
-    return [newest, *note, *([tag("div", *charts, class_="charts")] if charts else [])]
+    over_images = [tag("div", *charts, class_="charts")] if charts else []
+    return [newest, *note, *over_images, *_curves(story)]
+
+
+def _curves(story: Story) -> list[Html]:
+    """Show what `kiln evaluate curves=...` drew."""
+    shown = []
+    for name in ("curves_steps", "grid_steps", "curves_guidance", "grid_guidance"):
+        path = story.run_dir / FOLDER / f"{name}.png"
+        if path.exists():
+            words = name.replace("curves_", "Quality against ").replace("grid_", "Pictures by ")
+            figure = (tag("figcaption", words), picture(path, alt=words))
+            shown.append(tag("figure", *figure, class_="chart wide"))
+    return shown
 
 
 def _evaluation_charts(story: Story) -> list[Html]:

@@ -1,5 +1,6 @@
 """Evaluations come late and out of order, and land at their step."""
 
+import errno
 import io
 import json
 import subprocess
@@ -8,9 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from tests.observed_run import IMAGES_PER_STEP, STEPS, write_run
+from trainer.claims import locked_folder
 from trainer.observe.evaluations import (
     Merger,
     evaluation_rows,
@@ -108,6 +111,17 @@ def test_who_waits_for_the_metrics_gets_them_when_they_are_free(tmp_path):
     second.close()
 
 
+def test_where_nothing_can_be_locked_only_training_merges(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    publish(tmp_path, evaluation(2, 0.5))
+    assert merge(tmp_path) is None
+    with locked_folder(tmp_path / "folder"):
+        assert [row["step"] for row in Merger(tmp_path).rows()] == [2]
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"step": 1}'])
 def test_a_damaged_result_is_warned_of_and_left_out(tmp_path, caplog, damage):
     publish(tmp_path, evaluation(4, 0.5))
@@ -137,6 +151,8 @@ def test_the_report_draws_scores_over_the_images_seen(tmp_path):
     assert found.count("<svg") == without.count("<svg") + 2
     assert 'aria-label="All"' in found
     assert f"{STEPS * IMAGES_PER_STEP:,} images" in found
+    Image.new("RGB", (8, 8)).save(run / "evaluations/grid_steps.png")
+    assert "Pictures by steps" in page()
 
 
 def test_no_bar_goes_back_to_an_evaluated_step():

@@ -31,6 +31,7 @@ from trainer.observe.jsonl import read_rows
 from trainer.observe.ledger import read_account
 from trainer.observe.story import last_of_each_step
 from trainer.plan import make_plan
+from trainer.quality.shares import wilson
 from trainer.runtime.checkpoint import read_state
 
 
@@ -44,9 +45,9 @@ def config(run, *words):
 @given(count=st.integers(1, 10_000), data=st.data())
 def test_wilsons_interval_holds_its_share_and_lies_in_bounds(count, data):
     right = data.draw(st.integers(0, count))
-    share = judging.wilson(right, count)
+    share = wilson(right, count)
     assert 0 <= share.low <= share.value <= share.high <= 1
-    opposite = judging.wilson(count - right, count)
+    opposite = wilson(count - right, count)
     assert share.low == pytest.approx(1 - opposite.high)
 
 
@@ -55,7 +56,7 @@ def test_wilsons_interval_covers_as_often_as_it_says():
     covered = []
     for p in (0.05, 0.5, 0.9):
         for right in rng.binomial(80, p, size=2000):
-            share = judging.wilson(int(right), 80)
+            share = wilson(int(right), 80)
             covered.append(share.low <= p <= share.high)
     assert 0.93 < np.mean(covered) < 0.97
 
