@@ -4,10 +4,10 @@ A claim is a file that only one process can create (O_EXCL), with its host, proc
 Its owner renews the file's time stamp every minute. It is stale when its process is gone, or, on
 another host, when it was not renewed for fifteen minutes; then the next process takes it over.
 
-Limits: other hosts' claims are judged by the clock, so clocks must agree within ten minutes; where
-the file system has no locks or no O_EXCL between hosts (Lustre without -o flock, NFS 2), or an owner hangs for fifteen
-minutes and then goes on, work may be done twice. Its results are published whole, so that costs
-time and nothing else.
+Limits: other hosts' claims are judged by the clock, so clocks must agree within ten minutes. Where
+the file system has no locks or no O_EXCL between hosts (Lustre without -o flock, NFS 2), or an
+owner hangs for fifteen minutes and then goes on, work may be done twice. Its results are published
+whole, so that costs time and nothing else.
 """
 
 import contextlib

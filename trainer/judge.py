@@ -92,7 +92,8 @@ class Judge:
         each = pictures * cfg.sampling.num_steps * passes_per_step(cfg.sampling)
         each += cfg.num_loss_pairs * (cfg.num_loss_times + len(LEVELS))
         chance = cfg.num_captions * cfg.sampling.num_steps * passes_per_step(cfg.sampling)
-        return num_checkpoints * each + chance
+        reference = cfg.num_reference if cfg.features else 0
+        return num_checkpoints * each + chance + reference
 
     def judge(self, sampler: Sampler) -> Verdict:
         """Draw with a checkpoint's weights, and measure."""
@@ -214,9 +215,8 @@ class Judge:
 
 def _scene_pairs(cfg: EvaluateConfig, sampler: Sampler) -> Pairs:
     """Paint scenes that training never sees, and encode them as the training data was."""
-    scenes = held_out_scenes(
-        cfg.num_loss_pairs, seed=cfg.sampling.seed, two_things_frac=cfg.two_things_frac
-    )
+    # Not sampling.seed: the pairs are the same however pictures are drawn.
+    scenes = held_out_scenes(cfg.num_loss_pairs, seed=0, two_things_frac=cfg.two_things_frac)
     pictures = painted(scenes, sampler.cfg.encoders.image_side_px)
     tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
