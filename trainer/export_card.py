@@ -188,10 +188,11 @@ def _evaluation(run_dir: Path) -> str:
     if not path.exists():
         return ""
     evaluation = json.loads(path.read_text(encoding="utf-8"))
+    whose = "raw" if evaluation.get("weights") == "raw" else "averaged"
     lines = [
         "## Evaluation",
         "",
-        f"Of the averaged weights after {evaluation['images_seen']:,} training images.",
+        f"Of the {whose} weights after {evaluation['images_seen']:,} training images.",
         "",
         "| score | value | chance | interval | of |",
         "|---|---|---|---|---|",

@@ -16,12 +16,13 @@ from data_prep.scenes import is_held_out, parse
 from tests.tiny_dataset import publish, sample
 from tests.tiny_encoders import save_clip_model
 from tests.tiny_run import denoiser_config, encode_dataset, save_checkpoint, save_run
-from trainer import evaluate, export, judging
+from trainer import evaluate, judging
 from trainer.bookkeeping import Accounts
 from trainer.claims import claimed
 from trainer.config import TrainConfig
 from trainer.config_tools import EvaluateConfig
 from trainer.errors import BadInput, BadWorld
+from trainer.export_card import training_facts
 from trainer.frozen import compose, read_yaml
 from trainer.loop import Progress, StepFacts
 from trainer.models.denoisers import build_denoiser
@@ -154,8 +155,9 @@ def test_all_checkpoints_are_evaluated_and_the_newest_is_the_runs(tiny_run):
     at_8, at_16 = evaluation_rows(tiny_run, rows)
     assert at_8["eval/loss"] == result(tiny_run)["scores"]["loss"]["value"]
     assert at_16["images_seen"] == 128
-    facts = export.training_facts(tiny_run, read_yaml(TrainConfig, tiny_run / "config.yaml"),
-                                  read_state(tiny_run / "checkpoints/step_00000008"))  # fmt: skip
+    cfg = read_yaml(TrainConfig, tiny_run / "config.yaml")
+    state = read_state(tiny_run / "checkpoints/step_00000008")
+    facts = training_facts(tiny_run, cfg, state, weights="ema")
     assert facts["mean_loss_of_last_rows"] == pytest.approx(sum(1 / n for n in range(1, 9)) / 8)
     account = read_account(tiny_run)
     assert sorted({row["attempt"] for row in account}) == [0, 1, 2]
