@@ -17,6 +17,7 @@ Cells = dict[tuple[str, str], list[Pixels]]
 
 _SHARE = "_frac"
 _TILE_PX, _GAP_PX, _LABEL_PX, _LINE_PX = 96, 10, 110, 15
+_PANELS = 3
 _INK = (40, 40, 40)
 
 
@@ -32,10 +33,12 @@ def draw_chart(
     """
     names = list(dict.fromkeys(name for rows in series.values() for row in rows
                                for name in row["scores"]))  # fmt: skip
-    figure = Figure(figsize=(5.2 * max(1, len(names)), 3.8), layout="constrained")
+    columns = max(1, min(_PANELS, len(names)))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.8 * max(1, lines)), layout="constrained")
     FigureCanvasAgg(figure)
     for number, name in enumerate(names):
-        axes = figure.add_subplot(1, len(names), number + 1)
+        axes = figure.add_subplot(lines, columns, number + 1)
         scale = 100 if name.endswith(_SHARE) else 1
         for label, rows in series.items():
             told = sorted((row["x"], row["scores"][name]) for row in rows if name in row["scores"])
@@ -68,7 +71,7 @@ def draw_grid(path: Path, cells: Cells, *, x_label: str, captions: Sequence[str]
         path: The PNG.
         cells: Pictures of each row and column, up to four of them in a square.
         x_label: What the columns are.
-        captions: Of the pictures in each cell, in order.
+        captions: Of the pictures in each cell, row by row.
     """
     rows, columns = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
     step = 2 * _TILE_PX + _GAP_PX

@@ -210,7 +210,7 @@ class Work:
 
     def _skip(self) -> None:
         """Expect less, for the time left."""
-        self._total -= Judge.passes(self._cfg, 1) - Judge.passes(self._cfg, 0)
+        self._total -= Judge.passes(self._cfg, 2) - Judge.passes(self._cfg, 1)
         self._countdown.expect(self._total)
 
     def _publish(self, sampler: Sampler, verdict: Verdict) -> None:
@@ -284,7 +284,7 @@ def _print_scores(evaluation: dict[str, Any]) -> None:
     columns = ("value", "chance", "reconstructed", "real")
     title = f"After {evaluation['images_seen']:,} training images"
     table = Table("score", "this run", "chance", "rebuilt", "real", "of", title=title, box=SIMPLE)
-    table.columns[0].no_wrap = True
+    table.columns[1].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for name, facts in evaluation["scores"].items():

@@ -4,7 +4,7 @@ Letters: ``N`` pictures, ``D`` width of a feature.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,11 +122,14 @@ def open_fidelity(
     side_px, manifest = sampler.cfg.encoders.image_side_px, load_manifest(dataset)
     rows_ND = reference_features(
         features,
-        lambda: _counted(dataset, cfg.num_reference, side_px, on_pictures),
+        lambda: picture_batches(
+            dataset, cfg.num_reference, side_px=side_px, batch_images=4 * _BATCH
+        ),
         identity=f"{manifest.fingerprint}, {side_px} px, spread evenly over live rows",
         count=cfg.num_reference,
         folder=Path(cfg.run) / FOLDER / "reference",
     )
+    on_pictures(cfg.num_reference)
     if len(rows_ND) < FEWEST:
         log.warning(
             "no distances to real pictures: %s has %d, and %d are needed. Give another reference=.",
@@ -137,14 +140,6 @@ def open_fidelity(
         return None
     source = f"{len(rows_ND)} of {dataset}"
     return Fidelity(features, fit_gaussian(rows_ND), rows_ND, source, cfg.bootstrap_draws)
-
-
-def _counted(
-    dataset: Path, count: int, side_px: int, on_pictures: Callable[[int], None]
-) -> Iterator[Pictures]:
-    for batch in picture_batches(dataset, count, side_px=side_px, batch_images=4 * _BATCH):
-        yield batch
-        on_pictures(len(batch))
 
 
 def open_clip(cfg: EvaluateConfig, features: ParallelFeatures | None) -> ParallelFeatures | None:

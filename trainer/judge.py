@@ -66,10 +66,10 @@ class Judge:
         self._on_steps: Advance = lambda steps: advance(steps * passes_per_step(cfg.sampling))
         dataset = place(cfg.validation or sampler.cfg.data.dataset)
         scenes = has_scenes(dataset)
-        self.pairs = self._choose_pairs(sampler, scenes=scenes)
-        if scenes and cfg.validation is None:
-            material = scenes_material(cfg, sampler)
-            self.material = with_chance(material, cfg, sampler, self._on_steps)
+        self._scenes = scenes and cfg.validation is None
+        self.pairs = self._choose_pairs(sampler)
+        if self._scenes:
+            self.material = scenes_material(cfg, sampler)
         else:
             self.material = pictures_material(cfg, sampler, dataset, scenes=scenes)
             if not scenes:
@@ -93,10 +93,12 @@ class Judge:
         each += cfg.num_loss_pairs * (cfg.num_loss_times + len(LEVELS))
         chance = cfg.num_captions * cfg.sampling.num_steps * passes_per_step(cfg.sampling)
         reference = cfg.num_reference if cfg.features else 0
-        return num_checkpoints * each + chance + reference
+        return num_checkpoints * each + reference + (chance if num_checkpoints else 0)
 
     def judge(self, sampler: Sampler) -> Verdict:
         """Draw with a checkpoint's weights, and measure."""
+        if self._scenes and "chance" not in self.material.columns:
+            self.material = with_chance(self.material, self.cfg, sampler, self._on_steps)
         material, count = self.material, len(self.material.captions)
         asked = [*material.captions, *material.unseen, *self.more]
         drawn = sampler.sample(asked, self.cfg.sampling, on_steps=self._on_steps)
@@ -200,11 +202,11 @@ class Judge:
         # The same caption again is another picture: noise is keyed by the number.
         return [found[number % len(found)] for number in range(count)]
 
-    def _choose_pairs(self, sampler: Sampler, *, scenes: bool) -> Pairs | None:
+    def _choose_pairs(self, sampler: Sampler) -> Pairs | None:
         count = self.cfg.num_loss_pairs
         if count == 0:
             return None
-        if scenes and self.cfg.validation is None:
+        if self._scenes:
             return _scene_pairs(self.cfg, sampler)
         dataset = place(self.cfg.validation or sampler.cfg.data.dataset)
         encoding = matching_encoding(sampler.cfg, dataset, load_manifest(dataset))

@@ -28,7 +28,7 @@ class Material:
     unseen: list[str]
     """Further ones, of the harder test."""
     columns: Mapping[str, Pixels]
-    """Pictures that belong to `captions`: real ones, reconstructed, and drawn by chance."""
+    """Pictures that belong to `captions`: real ones, reconstructed, drawn by chance."""
     has_scenes: bool
     """Whether pictures can be read back."""
 
@@ -51,7 +51,7 @@ def has_scenes(dataset: Path) -> bool:
 
 
 def scenes_material(cfg: EvaluateConfig, sampler: Sampler) -> Material:
-    """Choose held-out scenes and paint them; `with_chance` adds what an untrained network draws."""
+    """Choose held-out scenes, and paint those that are scored."""
     seed, two = cfg.sampling.seed, cfg.two_things_frac
     scenes = held_out_scenes(cfg.num_captions, seed=seed, two_things_frac=two)
     unseen = held_out_scenes(

@@ -1,4 +1,4 @@
-"""Every named encoder, model and objective composes into a valid configuration."""
+"""Every named encoder, model, objective and network for features composes into a valid configuration."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 import conf
 from data_prep.config import EncodeConfig
 from trainer.config import TrainConfig
+from trainer.config_tools import EvaluateConfig
 from trainer.frozen import compose
 
 CONF = Path(conf.__file__).parent
@@ -31,3 +32,10 @@ def test_objectives_compose(name):
     autoencoder = ["model=autoencoder_small"] if name == "reconstruction" else []
     words = ["data.dataset=x", f"objective={name}", *autoencoder]
     assert compose(TrainConfig, "train", words).objective
+
+
+@pytest.mark.parametrize("name", names("features"))
+def test_networks_for_features_compose(name):
+    path = ["features.path=x"] if name in {"clip", "inception"} else []
+    cfg = compose(EvaluateConfig, "evaluate", ["run=x", f"features={name}", *path])
+    assert (cfg.features.kind if cfg.features else "none") == name
