@@ -1,4 +1,4 @@
-"""Every named encoder, model, objective and network for features composes into a valid configuration."""
+"""Every named encoder, model, objective and feature network composes into a valid config."""
 
 from pathlib import Path
 
