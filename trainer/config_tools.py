@@ -74,7 +74,7 @@ class SamplingConfig:
     negative: str
     """What the pictures should not show; empty for classifier-free guidance as it was trained."""
     seed: NonNegativeInt
-    """With the caption's number it decides the first noise."""
+    """With the number of a prompt and of its picture it decides the noise."""
     batch_images: PositiveInt
     """Pictures per pass through the network."""
 
@@ -99,25 +99,78 @@ class SamplingConfig:
 
 
 @config
+class UncertaintyConfig:
+    """How much the pictures of a prompt differ, number by number."""
+
+    over: Literal["seeds", "weights"]
+    """seeds: other noise. weights: the same noise through the averaged and the raw weights of
+    every checkpoint that the run kept."""
+    count: Annotated[int, Field(ge=2)]
+    """Pictures in the ensemble; of weights, at most as many as there are, the newest first."""
+
+
+SHORT_KEYS = {
+    "solver": "sampling.solver",
+    "steps": "sampling.num_steps",
+    "grid": "sampling.grid",
+    "guidance": "sampling.guidance_scale",
+    "negative": "sampling.negative",
+    "seed": "sampling.seed",
+    "batch": "sampling.batch_images",
+}
+"""What a sampling key may be called on the command line."""
+
+
+@config
 class SampleConfig:
     """`kiln sample`."""
 
     run: str
     """Run directory of a trained denoiser."""
-    captions: tuple[str, ...]
+    prompts: tuple[str, ...]
     """What to draw."""
-    captions_file: str | None
-    """A text file with one caption per line, instead."""
-    to: str | None
-    """Folder for the pictures, replaced; null is RUN/samples, which the report shows."""
+    prompts_file: str | None
+    """A text file with one prompt per line, instead."""
+    images_per_prompt: PositiveInt
+    """Pictures of each prompt; more later leaves the first ones as they are."""
+    out: str | None
+    """Folder for the pictures; null is RUN/samples, which the report shows."""
     num_reconstructions: NonNegativeInt
     """Pictures of the dataset to put beside their autoencoder reconstructions."""
+    init: str | None
+    """A picture to start from instead of noise; its centre square is taken."""
+    strength: Annotated[float, Field(gt=0, le=1)]
+    """How much of `init` is turned into noise first: the time at which drawing starts."""
+    mask: str | None
+    """A picture of the same size as `init`: white is painted anew, black stays."""
+    uncertainty: UncertaintyConfig | None
+    """Also write the variance over an ensemble beside each prompt's first picture."""
+    watermark: str | None
+    """A text to hide in every picture; 16 bytes at 256 px, in proportion to the area."""
     sampling: SamplingConfig
     """How."""
     device: Literal["cpu", "cuda"]
     """Where the networks run."""
     threads: PositiveInt
     """Batches at the same time, one core each."""
+    ranks: PositiveInt
+    """Processes on this machine that share the work; no picture depends on it."""
+    parts: PositiveInt
+    """Commands that share the work, e.g. tasks of a Slurm array; each does every parts-th batch."""
+    part: NonNegativeInt
+    """Which of them this is, from 0; the one that finds all pictures there writes the grid."""
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.part >= self.parts:
+            raise ValueError(f"part={self.part}, need 0 to parts - 1 = {self.parts - 1}.")
+        if self.mask and not self.init:
+            raise ValueError("mask= says which part of init= to paint anew. Give init=PICTURE.")
+        if self.init and self.sampling.first_time != 1:
+            raise ValueError(
+                f"sampling.first_time={self.sampling.first_time:g}, but with init= drawing starts "
+                "at strength=. Leave sampling.first_time=1.0."
+            )
 
 
 @config

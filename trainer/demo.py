@@ -74,8 +74,8 @@ def steps(cfg: DemoConfig) -> Iterator[Step]:
         420,
     )
     yield Step("evaluate", (f"run={run}", *cfg.evaluate), 90)
-    wishes = f"captions=[{','.join(map(repr, _WISHES))}]" if cfg.data == "scenes" else ""
-    yield Step("sample", (f"run={run}", f"to={run}/wishes", *([wishes] if wishes else [])), 15)
+    wishes = f"prompts=[{','.join(map(repr, _WISHES))}]" if cfg.data == "scenes" else ""
+    yield Step("sample", (f"run={run}", f"out={run}/wishes", *([wishes] if wishes else [])), 15)
     yield Step("report", (f"run={run}",), 5)
 
 

@@ -1,6 +1,8 @@
 """From one batch of captions to latents: noise, guidance and solver as a sampling config says."""
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -8,9 +10,9 @@ from torch import Tensor, nn
 
 from trainer.config_tools import SamplingConfig
 from trainer.diffusion import philox
-from trainer.diffusion.guidance import Condition, classifier_free
+from trainer.diffusion.guidance import Condition, classifier_free, keep_known
 from trainer.diffusion.parameterization import Parameterization
-from trainer.diffusion.process import prior_std
+from trainer.diffusion.process import diffuse, prior_std
 from trainer.diffusion.solvers import SOLVERS, Churn, Draw, Solver, ddim, dopri5, euler, heun
 from trainer.diffusion.times import grid
 from trainer.errors import BadInput, BadWorld
@@ -18,18 +20,40 @@ from trainer.errors import BadInput, BadWorld
 # Shape suffixes: B samples, C latent channels, H W rows and columns, L text tokens, D text width.
 
 
-def check_sampling(parameterization: Parameterization, cfg: SamplingConfig) -> None:
-    """Refuse what a solver cannot do on a process.
+@dataclass(frozen=True)
+class Known:
+    """A picture to start from, and which part of it to draw anew."""
+
+    latents_CHW: Tensor
+    """Normalised."""
+    mask_HW: Tensor | None
+    """1 where to draw, 0 where to keep, between on the border; None: draw everywhere."""
+
+
+def check_sampling(
+    parameterization: Parameterization, cfg: SamplingConfig, *, caption_dropout: float
+) -> None:
+    """Refuse what a solver cannot do on a process, or a network was not trained for.
 
     Raises:
-        BadInput: More steps than levels, or a solver of the SDE that would begin where it is
-            infinite.
+        BadInput: More steps than levels, a solver of the SDE that would begin where it is
+            infinite, or guidance away from an empty caption that training never showed.
     """
     process = parameterization.process
-    if process.num_levels is not None and cfg.num_steps > process.num_levels:
+    if process.num_levels is not None:
+        most = max(1, math.floor(process.num_levels * cfg.first_time))
+        if cfg.num_steps > most:
+            since = "" if cfg.first_time == 1 else f", {most} of them up to t={cfg.first_time:g}"
+            raise BadInput(
+                f"sampling.num_steps={cfg.num_steps}, but the run was trained on "
+                f"{process.num_levels} levels{since}. Try sampling.num_steps={most}."
+            )
+    if caption_dropout == 0 and cfg.guidance_scale != 1:
         raise BadInput(
-            f"sampling.num_steps={cfg.num_steps}, but the run was trained on {process.num_levels} "
-            f"levels. Try sampling.num_steps={process.num_levels}."
+            f"sampling.guidance_scale={cfg.guidance_scale:g} steers away from what the network "
+            "draws without a caption, but it was trained with objective.caption_dropout=0 and has "
+            'never seen an empty one. Give guidance=1 and negative="", or train with '
+            "objective.caption_dropout=0.1."
         )
     first = torch.tensor(cfg.first_time, dtype=torch.float64)
     of_sde = cfg.solver in {"euler_maruyama", "predictor_corrector"}
@@ -50,6 +74,7 @@ def draw_latents(
     numbers: Sequence[int],
     shape: tuple[int, int, int],
     cfg: SamplingConfig,
+    known: Known | None = None,
 ) -> Iterator[Tensor]:
     """Yield normalised latents ``(B, C, H, W)`` after every step.
 
@@ -64,6 +89,7 @@ def draw_latents(
         numbers: Of the pictures.
         shape: ``(C, H, W)``.
         cfg: How.
+        known: What to start from instead of noise alone; its time is ``cfg.first_time``.
 
     Raises:
         BadWorld: The network gave something that is no finite number.
@@ -88,7 +114,12 @@ def draw_latents(
     first = _normals(ids_B, cfg.seed, philox.NOISE, 0, shape)
     t = grid(process, cfg.grid, cfg.num_steps, first=cfg.first_time, shift=cfg.time_shift)
     draw: Draw = partial(_draw, ids_B, cfg.seed, shape)
-    steps = solver(cfg)(process, guided, prior_std(process) * first, t, draw)
+    start = prior_std(process) * first
+    if known is not None:
+        start = diffuse(process, known.latents_CHW, first, t[0])
+        if known.mask_HW is not None:
+            guided = keep_known(guided, known.latents_CHW, known.mask_HW)
+    steps = solver(cfg)(process, guided, start, t, draw)
     for step, x_BCHW in enumerate(steps, start=1):
         if not x_BCHW.isfinite().all():
             raise BadWorld(

@@ -17,12 +17,13 @@ from trainer.claims import claimed, locked_folder, owner
 from trainer.command import run_command
 from trainer.config import TrainConfig
 from trainer.config_diffusion import DenoisingConfig
-from trainer.config_tools import EvaluateConfig
+from trainer.config_tools import SHORT_KEYS, EvaluateConfig
 from trainer.curves import CURVES, check_curves, curve_passes, draw_curves
 from trainer.data.publish import publish_bytes
 from trainer.errors import BadInput
 from trainer.frozen import read_yaml, thaw
 from trainer.gallery import reconstructions, write_gallery
+from trainer.labels import label_of
 from trainer.judge import Judge, Verdict
 from trainer.observe.countdown import Countdown
 from trainer.observe.energy import open_meters
@@ -42,8 +43,8 @@ _NO_SETTINGS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """`kiln evaluate run=RUN`."""
-    return run_command(run, EvaluateConfig, "evaluate", argv)
+    """`kiln evaluate RUN`."""
+    return run_command(run, EvaluateConfig, "evaluate", argv, positional="run", short=SHORT_KEYS)
 
 
 def run(cfg: EvaluateConfig) -> int:
@@ -231,7 +232,8 @@ class Work:
             publish_bytes(result_path(self._run, step, cfg.weights), text)
             newest = self._run / "evaluation.json"
             if step >= _step_of(newest):
-                grid = write_gallery(self._run / "samples", verdict.shown, pairs)
+                label = label_of(sampler, cfg.sampling)
+                grid = write_gallery(self._run / "samples", verdict.shown, pairs, label=label)
                 lines = "".join(f"{shown.caption}\n" for shown in verdict.shown)
                 publish_bytes(self._run / "captions.txt", lines.encode())
                 publish_bytes(newest, text)

@@ -32,8 +32,8 @@ TRAINING = "training.json"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`kiln export run=RUN out=FOLDER`."""
-    return run_command(run, ExportConfig, "export", argv)
+    """`kiln export RUN out=FOLDER`."""
+    return run_command(run, ExportConfig, "export", argv, positional="run")
 
 
 def run(cfg: ExportConfig) -> int:

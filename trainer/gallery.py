@@ -1,16 +1,19 @@
 """Write samples and reconstructions as pictures, a labelled grid and an index: RUN/samples."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from trainer.data.decode import decode_square
 from trainer.data.manifest import Manifest, load_manifest
-from trainer.data.publish import publish_json, published
+from trainer.data.publish import publish_bytes, publish_json, published
 from trainer.data.shards import Shard, read_index
+from trainer.labels import Label, png_bytes, publish_labelled
 from trainer.place import place
 from trainer.sampler import Pixels, Sampler
 
@@ -19,6 +22,10 @@ LABEL_PX = 46
 GAP_PX = 8
 COLUMNS = 8
 GRID_PICTURES = 64
+GRID, INDEX = "grid.png", "index.json"
+_OURS = re.compile(
+    r"((?:sample|real|reconstructed)_\d{4,}(?:_\d{2,})?(?:_variance)?)\.(?:png|json|npy)"
+)
 _PICTURES = ("jpg", "png", "webp")
 _RIGHT, _WRONG, _PLAIN = (20, 120, 50), (170, 30, 30), (40, 40, 40)
 
@@ -42,17 +49,54 @@ class Pair:
     reconstructed: Pixels
 
 
-def write_gallery(folder: Path, samples: Sequence[Shown], pairs: Sequence[Pair]) -> Path:
-    """Replace the pictures in `folder`; the index comes last. Return the grid's path."""
+def write_gallery(
+    folder: Path, samples: Sequence[Shown], pairs: Sequence[Pair], *, label: Label
+) -> Path:
+    """Replace the pictures in `folder`; the index comes last. Return the grid's path.
+
+    Args:
+        folder: Is made if need be.
+        samples: To write and to show.
+        pairs: To write.
+        label: What made all samples: `trainer.labels.label_of`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.json").unlink(missing_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    index: dict[str, list[dict[str, object]]] = {"samples": [], "reconstructions": []}
+    (folder / INDEX).unlink(missing_ok=True)
+    entries = []
     for number, shown in enumerate(samples):
-        name = f"sample_{number:04d}.png"
-        _write(folder / name, Image.fromarray(shown.picture))
-        index["samples"].append({"caption": shown.caption, "picture": name, "ok": shown.ok})
+        name = sample_name(number)
+        own = {"prompt": shown.caption, "number": number, "repeat": 0, **label}
+        publish_labelled(folder, name, own, {f"{name}.png": png_bytes(shown.picture, own)})
+        entries.append({"caption": shown.caption, "picture": f"{name}.png", "ok": shown.ok})
+    return publish_gallery(folder, entries, samples[:GRID_PICTURES], pairs, label=label)
+
+
+def sample_name(number: int, repeat: int = 0) -> str:
+    """Name a picture of a prompt: sample_0007, and its next one sample_0007_01."""
+    return f"sample_{number:04d}" + (f"_{repeat:02d}" if repeat else "")
+
+
+def publish_gallery(
+    folder: Path,
+    entries: Sequence[dict[str, Any]],
+    shown: Sequence[Shown],
+    pairs: Sequence[Pair],
+    *,
+    label: Label,
+) -> Path:
+    """Write what goes with the samples of a folder, remove older ones, and publish the index.
+
+    Args:
+        folder: Holds the samples already.
+        entries: The index's, of all samples; pictures that no entry names are removed.
+        shown: Samples for the grid.
+        pairs: To write.
+        label: What made all samples.
+
+    Returns:
+        The grid's path.
+    """
+    index: dict[str, list[dict[str, Any]]] = {"samples": list(entries), "reconstructions": []}
     for number, pair in enumerate(pairs):
         names = [f"{kind}_{number:04d}.png" for kind in ("real", "reconstructed")]
         _write(folder / names[0], Image.fromarray(pair.real))
@@ -60,9 +104,20 @@ def write_gallery(folder: Path, samples: Sequence[Shown], pairs: Sequence[Pair])
         index["reconstructions"].append(
             {"caption": pair.caption, "real": names[0], "reconstructed": names[1]}
         )
-    _write(folder / "grid.png", grid(samples[:GRID_PICTURES]))
-    publish_json(folder / "index.json", index)
-    return folder / "grid.png"
+    publish_bytes(folder / GRID, png_bytes(np.asarray(grid(shown)), label))
+    publish_json(folder / INDEX, index)
+    named = [str(name) for group in index.values() for each in group for name in each.values()]
+    _remove_others(folder, (Path(name).stem for name in named if name.endswith(".png")))
+    return folder / GRID
+
+
+def _remove_others(folder: Path, kept: Iterable[str]) -> None:
+    """Remove pictures of earlier commands, with their labels; nothing that we did not name."""
+    stems = set(kept)
+    for path in folder.iterdir():
+        found = _OURS.fullmatch(path.name)
+        if found and found[1] not in stems:
+            path.unlink()
 
 
 def grid(samples: Sequence[Shown]) -> Image.Image:

@@ -1,67 +1,214 @@
-"""Generate pictures from captions with a run's averaged weights."""
+"""Generate pictures from prompts with a run's weights; the same command again continues."""
 
 import logging
-from collections.abc import Sequence
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from trainer.command import run_command
-from trainer.config_tools import SampleConfig
+from trainer.config import TrainConfig
+from trainer.config_tools import SHORT_KEYS, SampleConfig
+from trainer.ensemble import draw_variances, members, variance_name
 from trainer.errors import BadInput
-from trainer.gallery import Shown, reconstructions, write_gallery
-from trainer.observe.countdown import Countdown
+from trainer.frozen import read_yaml, write_yaml
+from trainer.gallery import GRID_PICTURES, Shown, publish_gallery, reconstructions
+from trainer.labels import Label, bytes_sha256, label_of
+from trainer.models.text_encoders import TextEncoder
 from trainer.observe.energy import open_meters
 from trainer.observe.ledger import Ledger
-from trainer.sampler import load_sampler
+from trainer.painting import read_known
+from trainer.pictures import Wanted, Work, draw_pictures, is_done, require_room, wanted
+from trainer.runtime.local import run_ranks
+from trainer.runtime.rundir import locked
+from trainer.sampler import Pixels, Sampler, load_sampler
+from trainer.watermark import check_watermark
 
 log = logging.getLogger(__name__)
 
-CAPTIONS_FILE = "captions.txt"
+PROMPTS_FILE = "captions.txt"
+RANK_CONFIG = "sample.yaml"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`kiln sample run=RUN captions=[...]`."""
-    return run_command(run, SampleConfig, "sample", argv)
+    """`kiln sample RUN 'prompts=[...]'`."""
+    return run_command(run, SampleConfig, "sample", argv, positional="run", short=SHORT_KEYS)
 
 
 def run(cfg: SampleConfig) -> int:
-    """Write pictures, a labelled grid and an index."""
-    run_dir = Path(cfg.run)
-    captions = read_captions(cfg)
-    sampler = load_sampler(run_dir, device=cfg.device, threads=cfg.threads)
-    meters = open_meters(tdp_w_per_core=sampler.cfg.logging.tdp_w_per_core)
-    with Ledger(run_dir / "ledger.jsonl", stage="sample", meters=meters) as ledger:
-        ledger.switch("evaluation")
-        with Countdown(
-            "sampling", len(captions) * cfg.sampling.num_steps, unit="steps"
-        ) as countdown:
-            pictures = sampler.sample(captions, cfg.sampling, on_steps=countdown.advance)
-        samples = [Shown(*shown) for shown in zip(captions, pictures, strict=True)]
-        pairs = reconstructions(sampler, cfg.num_reconstructions)
-        path = write_gallery(Path(cfg.to or run_dir / "samples"), samples, pairs)
-    log.info(
-        "%d pictures after %d training images: %s", len(samples), sampler.state.images_seen, path
+    """Write pictures with their labels, a grid with captions and an index."""
+    trained = read_yaml(TrainConfig, Path(cfg.run) / "config.yaml")
+    prompts = read_prompts(cfg)
+    require_room(
+        out_dir(cfg),
+        num_pictures=len(prompts) * cfg.images_per_prompt,
+        num_variances=len(prompts) if cfg.uncertainty else 0,
+        side_px=trained.encoders.image_side_px,
     )
+    with _account(cfg, tdp_w_per_core=trained.logging.tdp_w_per_core):
+        if cfg.ranks == 1:
+            draw_share(cfg)
+        else:
+            _start_ranks(cfg)
     return 0
 
 
-def read_captions(cfg: SampleConfig) -> list[str]:
-    """Return the captions that the config means.
+def out_dir(cfg: SampleConfig) -> Path:
+    """Where the pictures go."""
+    return Path(cfg.out) if cfg.out else Path(cfg.run) / "samples"
+
+
+def draw_share(cfg: SampleConfig) -> None:
+    """Draw what is missing of this part's share; write grid and index if nothing is missing."""
+    run_dir, folder, prompts = Path(cfg.run), out_dir(cfg), read_prompts(cfg)
+    sampler = load_sampler(run_dir, device=cfg.device, threads=cfg.threads)
+    work = _work(cfg, sampler)
+    _warn_of_cuts(sampler.text, [*prompts, cfg.sampling.negative])
+    ensemble = members(sampler, run_dir, cfg.uncertainty) if cfg.uncertainty else []
+    pictures = wanted(prompts, cfg.images_per_prompt)
+    with locked(folder, f".lock-{cfg.part:04d}", doing="filled with pictures"):
+        drawn = draw_pictures(work, pictures)
+        if ensemble:
+            draw_variances(work, prompts, ensemble)
+        done = sum(is_done(work, picture) for picture in pictures)
+    facts = f"{drawn} pictures drawn, {done} of {len(pictures)} are there"
+    log.info("%s after %d training images: %s", facts, sampler.state.images_seen, folder)
+    if done == len(pictures):
+        _finish(cfg, work, pictures)
+
+
+def read_prompts(cfg: SampleConfig) -> list[str]:
+    """Return the prompts that the config means.
 
     Raises:
-        BadInput: There are none, or they are given twice.
+        BadInput: There are none, they are given twice, or are no Unicode text.
     """
-    if cfg.captions and cfg.captions_file:
-        raise BadInput("got both captions= and captions_file=. Give one of them.")
-    if cfg.captions:
-        return list(cfg.captions)
-    path = Path(cfg.captions_file) if cfg.captions_file else Path(cfg.run) / CAPTIONS_FILE
+    if cfg.prompts and cfg.prompts_file:
+        raise BadInput("got both prompts= and prompts_file=. Give one of them.")
+    if cfg.prompts:
+        broken = [prompt for prompt in cfg.prompts if not _is_unicode(prompt)]
+        if broken:
+            raise BadInput(f"prompts= has {broken[0]!r}, which is not UTF-8. Write it anew.")
+        return list(cfg.prompts)
+    path = Path(cfg.prompts_file) if cfg.prompts_file else Path(cfg.run) / PROMPTS_FILE
     if not path.is_file():
         raise BadInput(
-            f'got no captions, and {path} is not there. Give captions=["...","..."] or '
-            "captions_file= a text file with one caption per line."
+            f'got no prompts, and {path} is not there. Give prompts=["...","..."] or '
+            "prompts_file= a text file with one prompt per line."
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    captions = [line for line in lines if line]
-    if not captions:
-        raise BadInput(f"{path} has no captions. Write one per line.")
-    return captions
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise BadInput(f"{path} has no prompts. Write one per line.")
+    return prompts
+
+
+def _work(cfg: SampleConfig, sampler: Sampler) -> Work:
+    """Check everything that can be checked before the first step."""
+    sampling = replace(cfg.sampling, first_time=cfg.strength) if cfg.init else cfg.sampling
+    sampler.check(sampling)
+    if cfg.watermark is not None:
+        check_watermark(cfg.watermark, sampler.cfg.encoders.image_side_px)
+    known, given = None, {}
+    if cfg.init:
+        mask = Path(cfg.mask) if cfg.mask else None
+        known = read_known(sampler, Path(cfg.init), mask)
+        given = {"init_sha256": bytes_sha256(Path(cfg.init))}
+        if mask:
+            given["mask_sha256"] = bytes_sha256(mask)
+    label: Label = {
+        **label_of(sampler, sampling, edited=cfg.init is not None),
+        **given,
+        **({"watermark": cfg.watermark} if cfg.watermark else {}),
+    }
+    return Work(
+        folder=out_dir(cfg),
+        sampler=sampler,
+        sampling=sampling,
+        known=known,
+        label=label,
+        watermark=cfg.watermark,
+        part=cfg.part,
+        parts=cfg.parts,
+    )
+
+
+def _warn_of_cuts(text: TextEncoder, prompts: Sequence[str]) -> None:
+    for prompt in prompts:
+        read, cut = text.split(prompt)
+        if cut:
+            log.warning(
+                "a prompt is longer than the text encoder's %d tokens. It reads: %s [and not: %s]",
+                text.max_tokens,
+                read.strip(),
+                cut.strip(),
+            )
+
+
+def _finish(cfg: SampleConfig, work: Work, pictures: Sequence[Wanted]) -> None:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(work.folder, ".lock-grid", doing="finished"))
+        except BadInput:
+            return  # another part found everything there, too, and writes the same
+        entries = []
+        for picture in pictures:
+            entry = {"caption": picture.prompt, "picture": f"{picture.name}.png", "ok": None}
+            if cfg.uncertainty and not picture.repeat:
+                entry["variance"] = f"{variance_name(picture)}.png"
+            entries.append(entry)
+        shown = [
+            Shown(picture.prompt, _pixels(work.folder / f"{picture.name}.png"))
+            for picture in pictures[:GRID_PICTURES]
+        ]
+        pairs = reconstructions(work.sampler, cfg.num_reconstructions)
+        path = publish_gallery(work.folder, entries, shown, pairs, label=work.label)
+    log.info("%s", path)
+
+
+def _start_ranks(cfg: SampleConfig) -> None:
+    """Let several processes share this part; the last to end finds all there."""
+    notes = out_dir(cfg) / f".ranks-{cfg.part:04d}"
+    notes.mkdir(parents=True, exist_ok=True)
+    write_yaml(cfg, notes / RANK_CONFIG)
+    code = run_ranks(
+        "trainer.sample_rank",
+        [str(notes / RANK_CONFIG)],
+        num_ranks=cfg.ranks,
+        log_dir=notes,
+        env={"OMP_NUM_THREADS": "1"},
+    )
+    if code == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    shutil.rmtree(notes)
+
+
+@contextmanager
+def _account(cfg: SampleConfig, *, tdp_w_per_core: float) -> Iterator[None]:
+    """Count seconds and joules into the run's account; parts have files of their own."""
+    own = "ledger.jsonl" if cfg.parts == 1 else f"ledger/sample-{cfg.part:04d}.jsonl"
+    meters = open_meters(tdp_w_per_core=tdp_w_per_core)
+    with Ledger(Path(cfg.run) / own, stage="sample", rank=cfg.part, meters=meters) as ledger:
+        ledger.switch("evaluation")
+        yield
+
+
+def _pixels(path: Path) -> Pixels:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -4,7 +4,8 @@ Letters: ``B`` samples, ``C`` latent channels, ``H W`` rows and columns, ``L`` t
 width of a text state.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainCo
 from trainer.config_tools import SamplingConfig
 from trainer.data.manifest import load_manifest
 from trainer.diffusion.parameterization import Parameterization
-from trainer.drawing import check_sampling, draw_latents
+from trainer.drawing import Known, check_sampling, draw_latents
 from trainer.encoded import matching_encoding
 from trainer.errors import BadInput
 from trainer.frozen import read_yaml
@@ -28,9 +29,16 @@ from trainer.models.loading import load_weights
 from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
 from trainer.place import place
-from trainer.runtime.checkpoint import TrainState, Weights, read_weights
+from trainer.runtime.checkpoint import (
+    TrainState,
+    Weights,
+    read_weights,
+    weights_fingerprint,
+)
 
 Pixels = NDArray[np.uint8]
+Asked = tuple[str, int]
+"""A caption, and the number that keys its noise."""
 RECONSTRUCTION_BATCH = 32
 
 
@@ -41,6 +49,9 @@ class Sampler:
     cfg: TrainConfig
     state: TrainState
     """Where the training of the weights stood."""
+    weights: Weights
+    weights_sha256: str
+    """Of the checkpoint that they are in."""
     model: nn.Module
     parameterization: Parameterization
     autoencoder: Autoencoder
@@ -75,17 +86,68 @@ class Sampler:
         Returns:
             ``(N, H, W, 3)`` uint8 RGB.
         """
-        check_sampling(self.parameterization, sampling)
-        texts = self.text.encode(captions)
+        asked = list(zip(captions, range(len(captions)), strict=True))
         size = sampling.batch_images
+        batches = [asked[first : first + size] for first in range(0, len(asked), size)]
+        return np.concatenate(list(self.draw(batches, sampling, on_steps=on_steps)))
 
-        def draw(first: int) -> Pixels:
-            numbers = range(first, min(first + size, len(captions)))
-            chosen = texts[first : first + size]
-            return self.decode(self._draw(chosen, numbers, sampling, on_steps))
+    def draw(
+        self,
+        batches: Sequence[Sequence[Asked]],
+        sampling: SamplingConfig,
+        *,
+        known: Known | None = None,
+        on_steps: Callable[[int], None] = lambda _: None,
+    ) -> Generator[Pixels, None, None]:
+        """Yield the pictures of each batch, ``(B, H, W, 3)`` uint8 RGB, as soon as it is done.
+
+        Args:
+            batches: What to draw together; equal batches give equal bits.
+            sampling: How; its ``batch_images`` is not used.
+            known: A picture to start from.
+            on_steps: As in `sample`.
+
+        Raises:
+            BadInput: The run cannot be sampled like that.
+            BadWorld: The network gave something that is no finite number.
+        """
+        self.check(sampling)
+        unwanted_LD = self.null_text_LD
+        if sampling.negative:
+            (unwanted_LD,) = self.text.encode([sampling.negative])
+        stopped, one_at_a_time = threading.Event(), threading.Lock()
+
+        def draw(batch: Sequence[Asked]) -> Pixels:
+            with one_at_a_time:  # the tokenizer is not made for several threads
+                texts = self.text.encode([text for text, _ in batch])
+            # Padded together, so that both halves have one shape.
+            padded = pad_texts([*texts, *[unwanted_LD] * len(texts)])
+            last = torch.empty(0)
+            for latents in self._draw(padded, [n for _, n in batch], sampling, known):
+                last = latents
+                on_steps(len(batch))
+                if stopped.is_set():
+                    break
+            return self.decode(last)
 
         with one_core_workers(self.threads) as workers:
-            return np.concatenate(list(workers.map(draw, range(0, len(captions), size))))
+            try:
+                yield from workers.map(draw, batches)
+            finally:  # what is in flight ends at its next step
+                stopped.set()
+
+    def check(self, sampling: SamplingConfig) -> None:
+        """Refuse what this run cannot do; see `trainer.drawing.check_sampling`."""
+        assert not isinstance(self.cfg.objective, ReconstructionConfig)
+        dropout = self.cfg.objective.caption_dropout
+        check_sampling(self.parameterization, sampling, caption_dropout=dropout)
+
+    def encode(self, picture: Pixels) -> Tensor:
+        """Turn an ``(H, W, 3)`` uint8 picture into its normalised latent ``(C, h, w)``."""
+        pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
+        mean, _ = self.autoencoder.moments(pixels.to(self.device).float() / 127.5 - 1.0)
+        scale, shift = self.latent_std_C[:, None, None], self.latent_mean_C[:, None, None]
+        return (mean[0] - shift) / scale
 
     def decode(self, normalised_BCHW: Tensor) -> Pixels:
         """Turn normalised latents into ``(B, H, W, 3)`` uint8 RGB."""
@@ -116,26 +178,26 @@ class Sampler:
         weights, state = read_weights(run, which, checkpoint=checkpoint)
         model = build_denoiser(self.cfg.model)
         load_weights(model, weights, source=str(checkpoint))
-        return replace(self, state=state, model=model.to(self.device).eval())
+        return replace(
+            self,
+            state=state,
+            weights=which,
+            weights_sha256=weights_fingerprint(checkpoint),
+            model=model.to(self.device).eval(),
+        )
 
     @torch.inference_mode()
     def _draw(
         self,
-        texts: list[Tensor],
+        padded: tuple[Tensor, Tensor],
         numbers: Sequence[int],
         sampling: SamplingConfig,
-        on_steps: Callable[[int], None],
-    ) -> Tensor:
-        """Return normalised latents."""
-        unwanted_LD = self.null_text_LD
-        if sampling.negative:
-            (unwanted_LD,) = self.text.encode([sampling.negative])
-        # Padded together, so that both halves have one shape.
-        text_BLD, mask_BL = pad_texts([*texts, *[unwanted_LD] * len(texts)])
-        text_BLD, mask_BL = text_BLD.to(self.device), mask_BL.to(self.device)
-        count = len(texts)
-        x_BCHW = torch.empty(0)
-        for latents in draw_latents(
+        known: Known | None,
+    ) -> Iterator[Tensor]:
+        """Yield normalised latents after every step."""
+        text_BLD, mask_BL = (each.to(self.device) for each in padded)
+        count = len(numbers)
+        yield from draw_latents(
             self.model,
             self.parameterization,
             (text_BLD[:count], mask_BL[:count]),
@@ -143,10 +205,8 @@ class Sampler:
             numbers=numbers,
             shape=self.latent_shape,
             cfg=sampling,
-        ):
-            x_BCHW = latents
-            on_steps(count)
-        return x_BCHW
+            known=known,
+        )
 
 
 def load_sampler(
@@ -184,12 +244,15 @@ def load_sampler(
     tensors, state = read_weights(run, weights, checkpoint=checkpoint)
     model = build_denoiser(cfg.model)
     load_weights(model, tensors, source=str(run))
+    used = run / "checkpoints" / f"step_{state.step:08d}"
     where = torch.device(device)
     text = load_text_encoder(cfg.encoders.text).to(where)
     channels, height, width = encoding.facts["latent_shape"]
     return Sampler(
         cfg=cfg,
         state=state,
+        weights=weights,
+        weights_sha256=weights_fingerprint(used),
         model=model.to(where).eval(),
         parameterization=build_parameterization(cfg.objective),
         autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(where),

@@ -63,6 +63,17 @@ class TextEncoder:
         )["input_ids"]
         return ids
 
+    def split(self, caption: str) -> tuple[str, str]:
+        """Return the part of a caption that is read, and the part that `max_tokens` cuts off."""
+        whole = self.tokenizer(caption, return_offsets_mapping=True)
+        if len(whole["input_ids"]) <= self.max_tokens:
+            return caption, ""
+        read = self.tokenizer(
+            caption, truncation=True, max_length=self.max_tokens, return_offsets_mapping=True
+        )
+        end = max(stop for _, stop in read["offset_mapping"])
+        return caption[:end], caption[end:]
+
     @torch.inference_mode()
     def states(self, ids_BL: Tensor) -> Tensor:
         """Return ``(B, L, D)`` float32 last hidden states of captions of equal length."""

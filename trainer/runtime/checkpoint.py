@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent: safetensors fragments, hashed, published by a rename."""
 
+import hashlib
 import json
 import logging
 import os
@@ -143,6 +144,13 @@ def load(folder: Path, fragments: FragmentReader, ema: Ema) -> TrainState:
 def read_state(folder: Path) -> TrainState:
     """Read where a checkpoint stands, without its tensors."""
     return TrainState(**_read_record(folder)["state"])
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Hash the hashes that a checkpoint has of its files: one name for all its weights."""
+    files = _read_record(folder)["files"]
+    lines = "".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def read_weights(

@@ -112,8 +112,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
         f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"code {code}"
     )
     raise BadWorld(
-        f"rank {failed} of {len(ranks)} ended with {how}; the others were stopped. The last "
-        f"checkpoint stands and the same command continues from it. Its log: {tail}"
+        f"rank {failed} of {len(ranks)} ended with {how}; the others were stopped. What "
+        f"was saved stands and the same command continues from it. Its log: {tail}"
     )
 
 

@@ -29,20 +29,25 @@ _MAY_CHANGE = (
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, name: str = ".lock", *, doing: str = "trained") -> Iterator[None]:
     """Hold the run; the kernel lets go when the process dies, so no stale lock can remain.
+
+    Args:
+        run: Its folder, or another one.
+        name: Which of its locks.
+        doing: What is done to it meanwhile.
 
     Raises:
         BadInput: Another process holds it.
     """
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+", encoding="utf-8") as file:
+    with (run / name).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise BadInput(
-                f"{run} is being trained by process {file.read() or '?'} right now. Wait for it, "
+                f"{run} is being {doing} by process {file.read() or '?'} right now. Wait for it, "
                 "stop it (it saves first), or choose another run=."
             ) from error
         file.truncate(0)

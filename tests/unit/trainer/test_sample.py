@@ -104,7 +104,7 @@ def test_the_averages_are_drawn_from_and_the_untrained_network_says_nothing(tiny
 
 def test_the_command_leaves_pictures_a_grid_and_an_index(tiny_run):
     words = ",".join(f'"{caption}"' for caption in CAPTIONS)
-    assert command.run(config(tiny_run, f"captions=[{words}]")) == 0
+    assert command.run(config(tiny_run, f"prompts=[{words}]")) == 0
     folder = tiny_run / "samples"
     index = json.loads((folder / "index.json").read_text())
     assert [entry["caption"] for entry in index["samples"]] == CAPTIONS
@@ -121,27 +121,27 @@ def test_the_command_leaves_pictures_a_grid_and_an_index(tiny_run):
 
 
 def test_fewer_samples_leave_no_old_pictures(tiny_run):
-    command.run(config(tiny_run, 'captions=["a ring","a star"]'))
-    command.run(config(tiny_run, 'captions=["a ring"]'))
+    command.run(config(tiny_run, 'prompts=["a ring","a star"]'))
+    command.run(config(tiny_run, 'prompts=["a ring"]'))
     assert len(list((tiny_run / "samples").glob("sample_*.png"))) == 1
 
 
 def test_captions_come_from_a_file_or_from_the_evaluation(tiny_run, tmp_path):
     file = tmp_path / "captions.txt"
     file.write_text("a ring\n\n  a star \n")
-    assert command.read_captions(config(tiny_run, f"captions_file={file}")) == ["a ring", "a star"]
+    assert command.read_prompts(config(tiny_run, f"prompts_file={file}")) == ["a ring", "a star"]
     (tiny_run / "captions.txt").write_text("a cross\n")
-    assert command.read_captions(config(tiny_run)) == ["a cross"]
+    assert command.read_prompts(config(tiny_run)) == ["a cross"]
 
 
 def test_no_captions_or_twice_are_refused(tiny_run, tmp_path):
-    with pytest.raises(BadInput, match="captions_file="):
-        command.read_captions(config(tiny_run))
+    with pytest.raises(BadInput, match="prompts_file="):
+        command.read_prompts(config(tiny_run))
     with pytest.raises(BadInput, match="Give one of them"):
-        command.read_captions(config(tiny_run, "captions=[a]", "captions_file=x"))
+        command.read_prompts(config(tiny_run, "prompts=[a]", "prompts_file=x"))
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(BadInput, match="Write one per line"):
-        command.read_captions(config(tiny_run, f"captions_file={tmp_path / 'empty.txt'}"))
+        command.read_prompts(config(tiny_run, f"prompts_file={tmp_path / 'empty.txt'}"))
 
 
 def test_an_interval_without_times_is_refused(tiny_run):
