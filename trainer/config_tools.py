@@ -126,7 +126,7 @@ class SampleConfig:
     """`kiln sample`."""
 
     run: str
-    """Run directory of a trained denoiser."""
+    """Run directory of a trained denoiser, or the folder that `kiln export` wrote of one."""
     prompts: tuple[str, ...]
     """What to draw."""
     prompts_file: str | None

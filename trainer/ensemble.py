@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.config_tools import UncertaintyConfig
 from trainer.diffusion.uncertainty import mean_and_variance
+from trainer.errors import BadInput
 from trainer.gallery import sample_name
 from trainer.labels import Label, is_complete, png_bytes, publish_labelled
 from trainer.observe.countdown import Countdown
@@ -40,9 +41,17 @@ def members(sampler: Sampler, run: Path, cfg: UncertaintyConfig) -> list[Member]
         sampler: Of the pictures.
         run: Its run directory.
         cfg: Over what, and how many.
+
+    Raises:
+        BadInput: Over the weights of an exported folder, which has but one set.
     """
     if cfg.over == "seeds":
         return [Member(f"noise {n}", lambda: sampler, n) for n in range(cfg.count)]
+    if sampler.trained is None:
+        raise BadInput(
+            f"uncertainty.over=weights, but {run} is an exported folder, which has but one set of "
+            "weights. Give the run, or over: seeds."
+        )
     folders = [each for each in reversed(complete(run / "checkpoints")) if verify(each) is None]
     kinds: tuple[Weights, Weights] = ("ema", "raw")
     every = [_of_weights(sampler, run, each, which) for each in folders for which in kinds]

@@ -26,7 +26,7 @@ def read_known(sampler: Sampler, init: Path, mask: Path | None) -> Known:
     Raises:
         BadInput: A file is missing, no picture, or the two differ in size.
     """
-    side_px = sampler.cfg.encoders.image_side_px
+    side_px = sampler.image_side_px
     latents_CHW = sampler.encode(_read(init, side_px, key="init"))
     if mask is None:
         return Known(latents_CHW, None)

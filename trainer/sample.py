@@ -1,5 +1,6 @@
 """Generate pictures from prompts with a run's weights; the same command again continues."""
 
+import json
 import logging
 import shutil
 import signal
@@ -24,6 +25,7 @@ from trainer.observe.energy import open_meters
 from trainer.observe.ledger import Ledger
 from trainer.painting import read_known
 from trainer.pictures import Wanted, Work, draw_pictures, is_done, require_room, wanted
+from trainer.pipeline_folder import TRAINING, is_pipeline_folder
 from trainer.runtime.local import run_ranks
 from trainer.runtime.rundir import locked
 from trainer.sampler import Pixels, Sampler, load_sampler
@@ -42,15 +44,14 @@ def main(argv: Sequence[str]) -> int:
 
 def run(cfg: SampleConfig) -> int:
     """Write pictures with their labels, a grid with captions and an index."""
-    trained = read_yaml(TrainConfig, Path(cfg.run) / "config.yaml")
-    prompts = read_prompts(cfg)
+    prompts, (side_px, tdp_w_per_core) = read_prompts(cfg), _facts(cfg)
     require_room(
         out_dir(cfg),
         num_pictures=len(prompts) * cfg.images_per_prompt,
         num_variances=len(prompts) if cfg.uncertainty else 0,
-        side_px=trained.encoders.image_side_px,
+        side_px=side_px,
     )
-    with _account(cfg, tdp_w_per_core=trained.logging.tdp_w_per_core):
+    with _account(cfg, tdp_w_per_core=tdp_w_per_core):
         if cfg.ranks == 1:
             draw_share(cfg)
         else:
@@ -59,7 +60,13 @@ def run(cfg: SampleConfig) -> int:
 
 
 def out_dir(cfg: SampleConfig) -> Path:
-    """Where the pictures go."""
+    """Where the pictures go.
+
+    Raises:
+        BadInput: Nowhere, and an exported folder, which stays as it is, is sampled.
+    """
+    if cfg.out is None and is_pipeline_folder(Path(cfg.run)):
+        raise BadInput(f"{cfg.run} is an exported folder. Give out= a folder for its pictures.")
     return Path(cfg.out) if cfg.out else Path(cfg.run) / "samples"
 
 
@@ -111,12 +118,22 @@ def read_prompts(cfg: SampleConfig) -> list[str]:
     return prompts
 
 
+def _facts(cfg: SampleConfig) -> tuple[int, float]:
+    """Return the pictures' side and a core's watts, without loading any weights."""
+    folder = Path(cfg.run)
+    if is_pipeline_folder(folder):
+        told = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+        return int(told["encoders"]["image_side_px"]), 0.0
+    trained = read_yaml(TrainConfig, folder / "config.yaml")
+    return trained.encoders.image_side_px, trained.logging.tdp_w_per_core
+
+
 def _work(cfg: SampleConfig, sampler: Sampler) -> Work:
     """Check everything that can be checked before the first step."""
     sampling = replace(cfg.sampling, first_time=cfg.strength) if cfg.init else cfg.sampling
     sampler.check(sampling)
     if cfg.watermark is not None:
-        check_watermark(cfg.watermark, sampler.cfg.encoders.image_side_px)
+        check_watermark(cfg.watermark, sampler.image_side_px)
     known, given = None, {}
     if cfg.init:
         mask = Path(cfg.mask) if cfg.mask else None
@@ -169,7 +186,8 @@ def _finish(cfg: SampleConfig, work: Work, pictures: Sequence[Wanted]) -> None:
             Shown(picture.prompt, _pixels(work.folder / f"{picture.name}.png"))
             for picture in pictures[:GRID_PICTURES]
         ]
-        pairs = reconstructions(work.sampler, cfg.num_reconstructions)
+        has_data = work.sampler.trained is not None  # an exported folder knows no dataset
+        pairs = reconstructions(work.sampler, cfg.num_reconstructions) if has_data else []
         path = publish_gallery(work.folder, entries, shown, pairs, label=work.label)
     log.info("%s", path)
 
@@ -194,9 +212,10 @@ def _start_ranks(cfg: SampleConfig) -> None:
 @contextmanager
 def _account(cfg: SampleConfig, *, tdp_w_per_core: float) -> Iterator[None]:
     """Count seconds and joules into the run's account; parts have files of their own."""
+    folder = out_dir(cfg) if is_pipeline_folder(Path(cfg.run)) else Path(cfg.run)
     own = "ledger.jsonl" if cfg.parts == 1 else f"ledger/sample-{cfg.part:04d}.jsonl"
     meters = open_meters(tdp_w_per_core=tdp_w_per_core)
-    with Ledger(Path(cfg.run) / own, stage="sample", rank=cfg.part, meters=meters) as ledger:
+    with Ledger(folder / own, stage="sample", rank=cfg.part, meters=meters) as ledger:
         ledger.switch("evaluation")
         yield
 

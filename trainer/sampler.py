@@ -4,6 +4,7 @@ Letters: ``B`` samples, ``C`` latent channels, ``H W`` rows and columns, ``L`` t
 width of a text state.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,18 +17,23 @@ from torch import Tensor, nn
 
 from trainer.build import build_parameterization
 from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
+from trainer.config_diffusion import DenoisingConfig
 from trainer.config_tools import SamplingConfig
 from trainer.data.manifest import load_manifest
+from trainer.data.publish import file_sha256
 from trainer.diffusion.parameterization import Parameterization
 from trainer.drawing import Known, check_sampling, draw_latents
 from trainer.encoded import matching_encoding
 from trainer.errors import BadInput
+from trainer.export_card import WEIGHTS
 from trainer.frozen import read_yaml
 from trainer.models.autoencoders import Autoencoder, load_autoencoder
 from trainer.models.denoisers import build_denoiser
+from trainer.models.fingerprint import identify
 from trainer.models.loading import load_weights
 from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
+from trainer.pipeline_folder import is_pipeline_folder, read_pipeline
 from trainer.place import place
 from trainer.runtime.checkpoint import (
     TrainState,
@@ -46,7 +52,10 @@ RECONSTRUCTION_BATCH = 32
 class Sampler:
     """Everything between captions and pictures."""
 
-    cfg: TrainConfig
+    trained: TrainConfig | None
+    """The run's configuration; None for an exported folder."""
+    objective: DenoisingConfig
+    image_side_px: int
     state: TrainState
     """Where the training of the weights stood."""
     weights: Weights
@@ -64,6 +73,20 @@ class Sampler:
     device: torch.device
     threads: int
     """Batches at the same time, one core each."""
+
+    @property
+    def cfg(self) -> TrainConfig:
+        """The run's configuration.
+
+        Raises:
+            BadInput: The weights are those of an exported folder.
+        """
+        if self.trained is None:
+            raise BadInput(
+                "an exported folder has no dataset and no checkpoints. Give the run that it was "
+                "exported from."
+            )
+        return self.trained
 
     def sample(
         self,
@@ -138,8 +161,7 @@ class Sampler:
 
     def check(self, sampling: SamplingConfig) -> None:
         """Refuse what this run cannot do; see `trainer.drawing.check_sampling`."""
-        assert not isinstance(self.cfg.objective, ReconstructionConfig)
-        dropout = self.cfg.objective.caption_dropout
+        dropout = self.objective.caption_dropout
         check_sampling(self.parameterization, sampling, caption_dropout=dropout)
 
     def encode(self, picture: Pixels) -> Tensor:
@@ -217,10 +239,10 @@ def load_sampler(
     checkpoint: Path | None = None,
     weights: Weights = "ema",
 ) -> Sampler:
-    """Load a run's weights and the encoders of its latents.
+    """Load a run's weights and the encoders of its latents, or an exported folder.
 
     Args:
-        run: Run directory.
+        run: Run directory, or what `kiln export` wrote of one, which has but one set of weights.
         device: cpu or cuda.
         threads: Batches at the same time.
         checkpoint: One of the run's; the newest valid one without.
@@ -232,6 +254,8 @@ def load_sampler(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("device=cuda, but torch finds no GPU here. Try device=cpu.")
+    if is_pipeline_folder(run):
+        return _exported(run, torch.device(device), threads)
     cfg = read_yaml(TrainConfig, run / "config.yaml")
     if isinstance(cfg.model, AutoencoderModelConfig):
         raise BadInput(
@@ -249,7 +273,9 @@ def load_sampler(
     text = load_text_encoder(cfg.encoders.text).to(where)
     channels, height, width = encoding.facts["latent_shape"]
     return Sampler(
-        cfg=cfg,
+        trained=cfg,
+        objective=cfg.objective,
+        image_side_px=cfg.encoders.image_side_px,
         state=state,
         weights=weights,
         weights_sha256=weights_fingerprint(used),
@@ -261,6 +287,38 @@ def load_sampler(
         latent_mean_C=torch.tensor(encoding.facts["latent_mean"], device=where),
         latent_std_C=torch.tensor(encoding.facts["latent_std"], device=where),
         latent_shape=(channels, height, width),
+        device=where,
+        threads=threads,
+    )
+
+
+def _exported(folder: Path, where: torch.device, threads: int) -> Sampler:
+    found = read_pipeline(folder)
+    files = sorted((folder / found.model.kind).glob("*.safetensors"))
+    hashes = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
+    facts = found.training
+    return Sampler(
+        trained=None,
+        objective=found.objective,
+        image_side_px=found.encoders.image_side_px,
+        state=TrainState(
+            step=facts["step"],
+            images_seen=facts["images_seen"],
+            seed=facts["seed"],
+            dataset_fingerprint=facts["dataset_fingerprint"],
+            encoding_fingerprint=identify(found.encoders).fingerprint,
+            stream={},
+        ),
+        weights="raw" if facts["weights"] == WEIGHTS["raw"] else "ema",
+        weights_sha256=hashlib.sha256(hashes.encode()).hexdigest(),
+        model=found.denoiser.to(where),
+        parameterization=build_parameterization(found.objective),
+        autoencoder=found.autoencoder.to(where),
+        text=found.text.to(where),
+        null_text_LD=found.null_text_LD,
+        latent_mean_C=found.latent_mean_C.to(where),
+        latent_std_C=found.latent_std_C.to(where),
+        latent_shape=found.latent_shape,
         device=where,
         threads=threads,
     )

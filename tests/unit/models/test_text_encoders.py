@@ -72,6 +72,19 @@ def test_long_captions_are_cut_and_keep_their_end(config):
 
 
 @families
+def test_a_long_caption_is_split_where_reading_ends(config):
+    encoder = load_text_encoder(replace(config, max_tokens=6))
+    caption = "a large blue square on the right"
+    read, cut = encoder.split(caption)
+    assert read + cut == caption
+    assert read.strip()
+    assert cut.strip()
+    assert encoder.tokens([read]) == encoder.tokens([caption])
+    assert encoder.split(read) == (read, "")
+    assert encoder.split("") == ("", "")
+
+
+@families
 def test_padding_and_its_mask_change_nothing(config):
     """The states are those that the same model gives in a padded batch with a mask."""
     encoder = load_text_encoder(config)

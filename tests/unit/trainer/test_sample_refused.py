@@ -39,7 +39,7 @@ def test_a_prompt_over_the_token_limit_is_warned_of_with_what_is_cut(tiny_run, t
 
 
 class Broken(nn.Module):
-    """A network that gives NaN for one prompt's noise, at its third step."""
+    """A network that gives NaN when it is asked for the fourth time."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class Broken(nn.Module):
 
     def forward(self, x, time_B, text_BLD, mask_BL):
         self.calls += 1
-        return torch.full_like(x, math.nan) if self.calls == 3 else torch.zeros_like(x)
+        return torch.full_like(x, math.nan) if self.calls == 4 else torch.zeros_like(x)
 
 
 def test_nan_names_the_step_and_leaves_finished_pictures(tiny_run, tmp_path):
@@ -55,8 +55,8 @@ def test_nan_names_the_step_and_leaves_finished_pictures(tiny_run, tmp_path):
         tiny_run, f"out={tmp_path}", "sampling.batch_images=1", "sampling.guidance_scale=1"
     )
     work = _work(cfg, replace(load(tiny_run), model=Broken()))
-    with pytest.raises(BadWorld, match=r"step 1 of sampling\.solver=ddim .* not finite"):
-        draw_pictures(work, wanted(CAPTIONS, 1))  # the third call: the second picture's first step
+    with pytest.raises(BadWorld, match=r"step 2 of sampling\.solver=ddim .* not finite"):
+        draw_pictures(work, wanted(CAPTIONS, 1))  # the second picture, its second step
     assert [path.name for path in sorted(tmp_path.glob("sample_*.png"))] == ["sample_0000.png"]
 
 
