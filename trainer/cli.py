@@ -30,7 +30,10 @@ COMMANDS = {
         "print epochs, windows, cache and requests of a run's data; reads manifests only",
     ),
     "train": ("trainer.train", "train, or continue a run; the same command again resumes"),
-    "sample": ("trainer.sample", "generate pictures from captions with a run's EMA weights"),
+    "sample": (
+        "trainer.sample",
+        "generate labelled pictures from prompts; the same command again continues",
+    ),
     "evaluate": ("trainer.evaluate", "score samples against their captions"),
     "export": ("trainer.export", "write a run as a diffusers pipeline folder"),
     "report": ("trainer.report", "write the run's story as one HTML file"),

@@ -161,12 +161,11 @@ def test_ctrl_c_ends_at_the_next_step_and_says_how_to_go_on(tiny_run, tmp_path):
     process = start(tiny_run, out, *words)
     wait_for(out / "sample_0000_01.json", process)
     process.send_signal(signal.SIGINT)
-    started_s = time.monotonic()
     said = process.communicate()[1]
     assert process.returncode == 130
     assert "the same command continues" in said
-    assert time.monotonic() - started_s < 5
     assert not (out / "index.json").exists()
+    assert len(list(out.glob("sample_*.json"))) < 40
 
 
 @pytest.mark.multiproc
