@@ -32,7 +32,7 @@ COMMANDS = {
     "train": ("trainer.train", "train, or continue a run; the same command again resumes"),
     "sample": (
         "trainer.sample",
-        "generate labelled pictures from prompts; the same command again continues",
+        "draw labelled pictures from prompts with a run's weights",
     ),
     "evaluate": ("trainer.evaluate", "score samples against their captions"),
     "export": ("trainer.export", "write a run as a diffusers pipeline folder"),

@@ -169,7 +169,8 @@ class Sampler:
         pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
         mean, _ = self.autoencoder.moments(pixels.to(self.device).float() / 127.5 - 1.0)
         scale, shift = self.latent_std_C[:, None, None], self.latent_mean_C[:, None, None]
-        return (mean[0] - shift) / scale
+        # The autoencoder's channels-last layout would send the network to other kernels.
+        return ((mean[0] - shift) / scale).contiguous()
 
     def decode(self, normalised_BCHW: Tensor) -> Pixels:
         """Turn normalised latents into ``(B, H, W, 3)`` uint8 RGB."""

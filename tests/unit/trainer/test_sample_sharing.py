@@ -155,11 +155,13 @@ def test_killed_by_force_it_loses_at_most_the_batches_in_flight(tiny_run, tmp_pa
 
 
 @pytest.mark.multiproc
-def test_ctrl_c_ends_at_the_next_step_and_says_how_to_go_on(tiny_run, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_ends_at_the_next_step_and_says_how_to_go_on(tiny_run, tmp_path, ranks):
     out = tmp_path / "o"
     words = ("images_per_prompt=8", "sampling.num_steps=150")
-    process = start(tiny_run, out, *words)
-    wait_for(out / "sample_0000_01.json", process)
+    process = start(tiny_run, out, *words, f"ranks={ranks}")
+    for name in ("sample_0000_01.json", "sample_0000_03.json"):  # of one rank and of the other
+        wait_for(out / name, process)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
     assert process.returncode == 130
