@@ -2,7 +2,8 @@
 
 A label in a file's metadata is lost with the first screenshot; this one is in the pixels. Measured
 on four photographs at 256 px: 16 bytes are read back exactly from a PNG and from JPEGs of quality
-80 to 95, at a PSNR of 33 to 38 dB; at quality 70 a bit may flip. It does not survive a crop, a resize or an adversary.
+80 to 95, at a PSNR of 33 to 38 dB; at quality 70 a bit may flip. It does not
+survive a crop, a resize or an adversary.
 """
 
 import multiprocessing
