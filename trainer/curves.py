@@ -69,14 +69,16 @@ def points(cfg: EvaluateConfig) -> list[Point]:
     return found
 
 
-def check_curves(cfg: EvaluateConfig, parameterization: Parameterization) -> None:
+def check_curves(
+    cfg: EvaluateConfig, parameterization: Parameterization, *, caption_dropout: float
+) -> None:
     """Refuse what a solver cannot do on a run's process, before anything is drawn.
 
     Raises:
         BadInput: As `trainer.drawing.check_sampling`.
     """
     for point in points(cfg):
-        check_sampling(parameterization, point.sampling)
+        check_sampling(parameterization, point.sampling, caption_dropout=caption_dropout)
 
 
 def curve_passes(cfg: EvaluateConfig) -> int:

@@ -23,8 +23,8 @@ from trainer.data.publish import publish_bytes
 from trainer.errors import BadInput
 from trainer.frozen import read_yaml, thaw
 from trainer.gallery import reconstructions, write_gallery
-from trainer.labels import label_of
 from trainer.judge import Judge, Verdict
+from trainer.labels import label_of
 from trainer.observe.countdown import Countdown
 from trainer.observe.energy import open_meters
 from trainer.observe.evaluations import FOLDER, merge, result_path
@@ -60,7 +60,11 @@ def run(cfg: EvaluateConfig) -> int:
         return 0
     trained = read_yaml(TrainConfig, run_dir / "config.yaml")
     if isinstance(trained.objective, DenoisingConfig):  # of others the sampler says what is wrong
-        check_curves(cfg, build_parameterization(trained.objective))
+        check_curves(
+            cfg,
+            build_parameterization(trained.objective),
+            caption_dropout=trained.objective.caption_dropout,
+        )
     with _ledger(run_dir, tdp_w_per_core=trained.logging.tdp_w_per_core) as ledger:
         ledger.switch("evaluation")
         total = Judge.passes(cfg, len(todo)) + curve_passes(cfg)
