@@ -64,11 +64,10 @@ def _label(axes: Any, name: str, xs: Sequence[float], x_label: str) -> None:  # 
     axes.legend(fontsize=8)
 
 
-def draw_grid(path: Path, cells: Cells, *, x_label: str, captions: Sequence[str]) -> None:
+def draw_grid(cells: Cells, *, x_label: str, captions: Sequence[str]) -> Image.Image:
     """Lay pictures out: rows and columns have their names beside them, captions stand below.
 
     Args:
-        path: The PNG.
         cells: Pictures of each row and column, up to four of them in a square.
         x_label: What the columns are.
         captions: Of the pictures in each cell, row by row.
@@ -94,5 +93,4 @@ def draw_grid(path: Path, cells: Cells, *, x_label: str, captions: Sequence[str]
     for number, caption in enumerate(captions):
         y = top + len(rows) * step + number * _LINE_PX
         draw.text((_GAP_PX, y), caption, fill=_INK, font=font)
-    with published(path) as partial:
-        sheet.save(partial, "PNG")
+    return sheet

@@ -18,13 +18,14 @@ from PIL import Image
 from data_prep.scene_score import score
 from trainer.config_tools import EvaluateConfig, SamplingConfig
 from trainer.curve_pictures import Cells, draw_chart, draw_grid
-from trainer.data.publish import publish_json, published
+from trainer.data.publish import publish_bytes, publish_json
 from trainer.diffusion.parameterization import Parameterization
 from trainer.drawing import check_sampling
 from trainer.errors import BadInput
 from trainer.fidelity import FEWEST
 from trainer.frozen import thaw
 from trainer.judge import Judge, passes_per_step
+from trainer.labels import Label, label_of, png_bytes
 from trainer.observe.evaluations import FOLDER
 from trainer.quality.shares import Share, wilson
 from trainer.sampler import Pixels, Sampler
@@ -116,7 +117,7 @@ def draw_curves(
         "points": rows,
     }
     publish_json(folder / "curves.json", told)
-    _draw(folder, rows, captions)
+    _draw(folder, rows, captions, label=label_of(sampler, cfg.sampling))
     return folder / "curves.json"
 
 
@@ -145,8 +146,8 @@ def _measure(
         captions, point.sampling, on_steps=lambda steps: advance(steps * per_step)
     )
     strip = path.with_suffix(".png")
-    with published(strip) as partial:
-        Image.fromarray(np.concatenate(list(drawn[:_SHOWN]), axis=1)).save(partial, "PNG")
+    side_by_side = np.concatenate(list(drawn[:_SHOWN]), axis=1)
+    publish_bytes(strip, png_bytes(side_by_side, label_of(sampler, point.sampling)))
     found = {
         "curve": point.curve,
         "x": point.x,
@@ -182,7 +183,9 @@ def _key(
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _draw(folder: Path, rows: Sequence[Mapping[str, Any]], captions: Sequence[str]) -> None:
+def _draw(
+    folder: Path, rows: Sequence[Mapping[str, Any]], captions: Sequence[str], *, label: Label
+) -> None:
     for curve, x_label in (("steps", "steps"), ("guidance", "guidance scale")):
         mine = [row for row in rows if row["curve"] == curve]
         if not mine:
@@ -196,7 +199,8 @@ def _draw(folder: Path, rows: Sequence[Mapping[str, Any]], captions: Sequence[st
             for row in mine
         }
         lines = [f'"{text}"' for text in captions[:_SHOWN]]
-        draw_grid(folder / f"grid_{curve}.png", cells, x_label=x_label, captions=lines)
+        sheet = draw_grid(cells, x_label=x_label, captions=lines)
+        publish_bytes(folder / f"grid_{curve}.png", png_bytes(np.asarray(sheet), label))
 
 
 def _tiles(strip: Path) -> list[Pixels]:

@@ -102,12 +102,10 @@ def errors(
         batch_images: Pairs per pass through the network; changes no number but by rounding.
         on_passes: Told, from several threads, how many more pairs passed the network.
     """
-    objective = sampler.cfg.objective
-    assert isinstance(objective, DenoisingConfig)
     count = len(pairs.texts)
     found = np.empty((3, count, len(times_K)))
     work = [(k, first) for k in range(len(times_K)) for first in range(0, count, batch_images)]
-    measure = _Measure(sampler, pairs, objective)
+    measure = _Measure(sampler, pairs)
 
     def run(job: tuple[int, int]) -> None:
         number, first = job
@@ -123,8 +121,8 @@ def errors(
 class _Measure:
     """The errors of a batch of pairs at one time."""
 
-    def __init__(self, sampler: Sampler, pairs: Pairs, objective: DenoisingConfig) -> None:
-        self._sampler, self._pairs, self._loss = sampler, pairs, build_loss(objective)
+    def __init__(self, sampler: Sampler, pairs: Pairs) -> None:
+        self._sampler, self._pairs, self._loss = sampler, pairs, build_loss(sampler.objective)
 
     @torch.inference_mode()
     def __call__(self, rows: slice, number: int, time: Tensor) -> Floats:
@@ -216,8 +214,7 @@ def loss_scores(
     `loss` is the run's own objective, over times spread as training draws them. `v_error` is over
     `LEVELS`: a number in which any two runs on the same latents can be compared.
     """
-    process, objective = sampler.parameterization.process, sampler.cfg.objective
-    assert isinstance(objective, DenoisingConfig)
+    process, objective = sampler.parameterization.process, sampler.objective
     own, common = (
         errors(sampler, pairs, times_K, batch_images=batch_images, on_passes=on_passes)
         for times_K in (law_times(objective, process, num_times), level_times(process))

@@ -12,6 +12,7 @@ from trainer.config_tools import EvaluateConfig
 from trainer.curves import curve_passes, points
 from trainer.errors import BadInput
 from trainer.frozen import compose
+from trainer.labels import XMP
 from trainer.models.denoisers import build_denoiser
 
 CURVES = "curves={steps: [2, 1], guidance: [1, 3], solvers: [heun, dpm_2m], num_captions: 5}"
@@ -44,6 +45,10 @@ def test_every_point_is_drawn_scored_and_shown(tiny_run):
     for name in ("curves_steps", "curves_guidance", "grid_steps", "grid_guidance"):
         with Image.open(folder / f"{name}.png") as picture:
             assert min(picture.size) > 200
+            assert name.startswith("curves") or "trainedAlgorithmicMedia" in picture.text[XMP]
+    strip = folder / "curves" / told["points"][0]["pictures"]
+    with Image.open(strip) as picture:
+        assert picture.text["steps"] == "1"
 
 
 def test_a_second_command_draws_only_what_is_missing(tiny_run):

@@ -52,7 +52,7 @@ def with_objective(sampler, model, process=VP, prediction="eps", **changes):
     return replace(
         sampler,
         model=model,
-        cfg=replace(sampler.cfg, objective=objective),
+        objective=objective,
         parameterization=build_parameterization(objective),
     )
 
@@ -173,7 +173,7 @@ def test_training_lowers_it(sampler, pairs):
 
 def test_times_of_the_law_are_in_the_middle_of_its_parts(sampler):
     found = with_objective(sampler, nn.Identity())
-    times_K = law_times(found.cfg.objective, found.parameterization.process, 4)
+    times_K = law_times(found.objective, found.parameterization.process, 4)
     least = found.parameterization.process.min_time
     expected = least + (1 - least) * torch.tensor([0.125, 0.375, 0.625, 0.875])
     torch.testing.assert_close(times_K, expected)
