@@ -49,7 +49,9 @@ class Bench:
         words = [f"run={run}", f"sampling.num_steps={STEPS}", "sampling.solver=dpm_2m"]
         self.cfg: SamplingConfig = compose(SampleConfig, "sample", words).sampling
         self.sampler: Sampler = load_sampler(run, device="cpu", threads=2)
-        self.captions = [caption(scene) for scene in held_out_scenes(CAPTIONS, seed=0)]
+        self.captions = [
+            caption(scene) for scene in held_out_scenes(CAPTIONS, seed=0, two_things_frac=0.0)
+        ]
         texts = self.sampler.text.encode(self.captions[:BATCH_IMAGES])
         text_BLD, mask_BL = pad_texts([*texts, *[self.sampler.null_text_LD] * BATCH_IMAGES])
         self.both: Condition = (text_BLD, mask_BL)
