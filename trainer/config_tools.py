@@ -78,6 +78,11 @@ class SamplingConfig:
     batch_images: PositiveInt
     """Pictures per pass through the network."""
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the solver takes as many steps as it needs."""
+        return self.solver == "dopri5"
+
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
         low, high = self.guidance_interval

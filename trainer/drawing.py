@@ -1,5 +1,6 @@
 """From one batch of captions to latents: noise, guidance and solver as a sampling config says."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,21 @@ from trainer.diffusion import philox
 from trainer.diffusion.guidance import Condition, classifier_free, keep_known
 from trainer.diffusion.parameterization import Parameterization
 from trainer.diffusion.process import diffuse, prior_std
-from trainer.diffusion.solvers import SOLVERS, Churn, Draw, Solver, ddim, dopri5, euler, heun
+from trainer.diffusion.solvers import (
+    SOLVERS,
+    Churn,
+    Counted,
+    Draw,
+    Solver,
+    ddim,
+    dopri5,
+    euler,
+    heun,
+)
 from trainer.diffusion.times import grid
 from trainer.errors import BadInput, BadWorld
+
+log = logging.getLogger(__name__)
 
 # Shape suffixes: B samples, C latent channels, H W rows and columns, L text tokens, D text width.
 
@@ -119,7 +132,8 @@ def draw_latents(
         start = diffuse(process, known.latents_CHW, first, t[0])
         if known.mask_HW is not None:
             guided = keep_known(guided, known.latents_CHW, known.mask_HW)
-    steps = solver(cfg)(process, guided, start, t, draw)
+    counted = Counted(guided)
+    steps = solver(cfg)(process, counted, start, t, draw)
     for step, x_BCHW in enumerate(steps, start=1):
         if not x_BCHW.isfinite().all():
             raise BadWorld(
@@ -128,6 +142,8 @@ def draw_latents(
                 "smaller sampling.guidance_scale."
             )
         yield x_BCHW
+    if cfg.is_adaptive:
+        log.info("%d pictures took %d evaluations each", len(numbers), counted.calls)
 
 
 def solver(cfg: SamplingConfig) -> Solver:

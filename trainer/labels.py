@@ -50,6 +50,7 @@ def label_of(sampler: Sampler, sampling: SamplingConfig, *, edited: bool = False
         edited: Whether a picture was given to start from.
     """
     settings = {key: value for key, value in thaw(sampling).items() if key not in _ONLY_SPEED}
+    num_steps = settings.pop("num_steps")
     state = sampler.state
     return {
         "digital_source_type": EDITED if edited else DRAWN,
@@ -57,7 +58,7 @@ def label_of(sampler: Sampler, sampling: SamplingConfig, *, edited: bool = False
         "negative": settings.pop("negative"),
         "seed": settings.pop("seed"),
         "solver": settings.pop("solver"),
-        "steps": settings.pop("num_steps"),
+        "steps": None if sampling.is_adaptive else num_steps,
         "guidance": settings.pop("guidance_scale"),
         "sampling": settings,
         "weights": sampler.weights,

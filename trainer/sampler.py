@@ -148,9 +148,12 @@ class Sampler:
             last = torch.empty(0)
             for latents in self._draw(padded, [n for _, n in batch], sampling, known):
                 last = latents
-                on_steps(len(batch))
+                if not sampling.is_adaptive:
+                    on_steps(len(batch))
                 if stopped.is_set():
                     break
+            if sampling.is_adaptive:  # nobody knew how many steps it would be
+                on_steps(len(batch) * sampling.num_steps)
             return self.decode(last)
 
         with one_core_workers(self.threads) as workers:

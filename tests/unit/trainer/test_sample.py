@@ -213,3 +213,13 @@ def test_a_dataset_shows_no_more_than_it_has(tmp_path):
     found = dataset_pictures(dataset, load_manifest(dataset), 5, side_px=8)
     assert len(found) == 2
     assert found[0][1].shape == (8, 8, 3)
+
+
+def test_an_adaptive_solver_says_what_it_took_and_claims_no_steps(tiny_run, caplog):
+    words = ("sampling.solver=dopri5", "sampling.tolerance=0.1", 'prompts=["a green square"]')
+    with caplog.at_level("INFO"):
+        assert command.run(config(tiny_run, *words)) == 0
+    assert "1 pictures took" in caplog.text
+    assert "evaluations each" in caplog.text
+    told = json.loads((tiny_run / "samples/sample_0000.json").read_text())
+    assert (told["solver"], told["steps"]) == ("dopri5", None)
