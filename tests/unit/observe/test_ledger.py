@@ -105,7 +105,7 @@ def test_seconds_and_joules_are_conserved_whatever_happens(tmp_path, actions):
     assert sum(part.joules for part in parts) == pytest.approx(320 * wall_s, abs=1e-3)
     assert all(row["seconds"] >= 0 and row["joules"] >= 0 for row in rows)
     assert all(closure.holds() for closure in close_check(rows))
-    if wall_s > 0:
+    if wall_s > 1e-3:  # joules are written with a last digit, which is all of less
         assert measured_frac(list(parts)) == pytest.approx(300 / 320)
 
 
