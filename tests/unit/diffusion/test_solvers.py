@@ -153,13 +153,11 @@ def test_a_solver_yields_once_a_step_and_keeps_float32(solver):
     assert all(x.dtype == torch.float32 for x in steps)
 
 
-@over_solvers
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "dopri5"])
 def test_one_step_from_noise_is_the_mean_of_the_data(solver):
     process = PROCESSES["vp_linear"]
     x = TWO.start(process, 4)
     t = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    if solver == "dopri5":
-        return  # takes as many as it needs
     one = run(SOLVERS[solver], process, TWO, x, t)
     torch.testing.assert_close(one, TWO.denoiser(process)(x, t[0]))
 
