@@ -62,6 +62,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
         },
         "batch": {"global_batch_images": 8, "micro_batch_images": 2},
         "optim": {
+            "kind": "adamw",
             "learning_rate": 1e-2,
             "betas": [0.9, 0.99],
             "eps": 1e-8,
@@ -70,11 +71,15 @@ def tiny_config(**changes: Any) -> TrainConfig:
             "warmup_images": 0,
             "decay": "none",
         },
-        "ema": {"half_life_images": 32, "warmup_ratio": 0.05},
+        "ema": {"half_life_images": [32], "warmup_ratio": 0.05, "power_sigma_rel": []},
         "engine": {
             "zero_stage": 1,
             "precision": "fp32",
+            "offload": "none",
             "activation_checkpointing": False,
+            "channels_last": False,
+            "compile": False,
+            "attention": "auto",
             "threads_per_rank": 1,
         },
         "cluster": {
@@ -87,7 +92,20 @@ def tiny_config(**changes: Any) -> TrainConfig:
             "time_limit_min": 10,
             "warn_before_kill_s": 60,
         },
-        "checkpoint": {"every_images": 16, "keep_last": 5},
+        "checkpoint": {
+            "folder": None,
+            "every_images": 16,
+            "keep_last": 5,
+            "keep_every_images": None,
+            "keep_ema_every_images": None,
+            "keep_best": None,
+        },
+        "rollback": {"max_tries": 3, "spike_sigmas": None, "window_steps": 16},
+        "watchdog": {
+            "timeout_s": 600.0,
+            "first_step_timeout_s": 600.0,
+            "slow_rank_ratio": 1.5,
+        },
         "logging": {
             "every_steps": 1,
             "wandb": "off",

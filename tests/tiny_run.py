@@ -13,40 +13,75 @@ from trainer.config import EncodersConfig
 from trainer.data.manifest import list_encodings, load_manifest
 from trainer.frozen import freeze, write_yaml
 from trainer.observe.jsonl import JsonLines
-from trainer.runtime.checkpoint import TrainState, save
-from trainer.runtime.fragments import MOMENTS, Fragment
+from trainer.runtime.checkpoint import TrainState
+from trainer.runtime.fragments import Fragment
+from trainer.runtime.saver import Saver
+from trainer.runtime.snapshot import Snapshot
 
 SIDE_PX = 32
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class OneRank:
-    """What `save` asks of the other ranks, when there are none."""
+    """What a saver asks of the other ranks, when there are none."""
 
     rank, world = 0, 1
 
     def sum(self, values):
         return list(values)
 
-    def barrier(self):
-        pass
+    def from_rank_0(self, value):
+        return value
+
+    def gather_bytes(self, content):
+        return [content]
 
 
 class WholeTensors:
     """Fragments and averages of a model that one rank holds whole."""
 
-    adam_steps = 1
-
     def __init__(self, weights):
-        self._weights = {name: value.detach().float().flatten() for name, value in weights.items()}
+        self.shapes = {name: list(value.shape) for name, value in weights.items()}
+        self.averages = {
+            name: value.detach().float().flatten().clone() for name, value in weights.items()
+        }
+        self._live = {
+            name: (torch.zeros_like(flat), {key: torch.zeros_like(flat) for key in MOMENTS})
+            for name, flat in self.averages.items()
+        }
 
     def __iter__(self):
-        for name, flat in self._weights.items():
-            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-            yield Fragment(name, 0, flat.numel(), torch.zeros_like(flat), moments)
+        for name, (flat, moments) in self._live.items():
+            yield Fragment(name, 0, flat.numel(), flat, moments)
+
+    def scalars(self):
+        return {"steps": 1.0}
+
+    def set_scalars(self, scalars):
+        assert scalars == self.scalars()
+
+    def publish(self):
+        pass
 
     def tensors(self):
         """The averages; only these are the given weights, the live ones are zero."""
-        return list(self._weights.values())
+        return {"ema": list(self.averages.values())}
+
+
+def write_checkpoint(root, state, weights, **policy):
+    """Save and wait; returns whether it worked."""
+    whole = WholeTensors(weights)
+    saver = Saver(
+        root,
+        Snapshot(whole, whole),
+        OneRank(),
+        replace(tiny_config().checkpoint, **policy),
+        attempt=0,
+        shapes=whole.shapes,
+        averages=["ema"],
+    )
+    saver.save(state)
+    return saver.finish()
 
 
 def tiny_encoder_config(folder):
@@ -123,7 +158,4 @@ def save_checkpoint(cfg, run, model, *, step, keep_last=9):
         encoding_fingerprint=encodings[0].fingerprint if encodings else "",
         stream={},
     )
-    fragments = WholeTensors(weights)
-    shapes = {name: list(value.shape) for name, value in weights.items()}
-    root = run / "checkpoints"
-    save(root, state, fragments, fragments, OneRank(), shapes=shapes, keep_last=keep_last)
+    assert write_checkpoint(run / "checkpoints", state, weights, keep_last=keep_last)

@@ -4,27 +4,31 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 
+from trainer.build import Built
 from trainer.config import TrainConfig
 from trainer.datasets import STREAM
-from trainer.feed import Feed
+from trainer.errors import BadWorld
 from trainer.frozen import thaw
-from trainer.loop import Progress, StepFacts
+from trainer.loop import Mine, Progress, StepFacts
 from trainer.observe.energy import open_meters
-from trainer.observe.evaluations import METRICS, Merger, hold_metrics
+from trainer.observe.evaluations import METRICS, Merger, best_images, hold_metrics
 from trainer.observe.jsonl import JsonLines
 from trainer.observe.ledger import Ledger
 from trainer.observe.meters import Throughput
 from trainer.observe.sinks import Sinks
 from trainer.plan import Plan
-from trainer.runtime.checkpoint import TrainState, save
+from trainer.runtime.checkpoint import TrainState
 from trainer.runtime.comm import Comm
-from trainer.runtime.ema import Ema
-from trainer.runtime.fragments import FragmentReader
+from trainer.runtime.rollback import Rollback
+from trainer.runtime.rundir import checkpoints_of
+from trainer.runtime.saver import Saver
+from trainer.runtime.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +113,11 @@ class Accounts:
             if time.monotonic() - self._merged_s >= MERGE_EVERY_S:
                 self._merge_evaluations()
 
+    def roll_back(self, step: int, back_to_step: int) -> None:
+        """Count the steps up to `step` behind `back_to_step` as lost."""
+        self.ledger.reach(step)
+        self.ledger.resume_at(back_to_step)
+
     def close(self, *, exit_code: int) -> None:
         """Close ledger and sinks."""
         self.ledger.switch("drain")
@@ -132,28 +141,14 @@ class Bookkeeper:
         self, cfg: TrainConfig, plan: Plan, comm: Comm, *, attempt: int, launcher_pid: int | None
     ) -> None:
         """Open the accounts on rank 0."""
-        self._run, self._keep_last = Path(cfg.run), cfg.checkpoint.keep_last
-        self._plan, self._comm = plan, comm
-        self._attempt, self._seed = attempt, cfg.seed
+        self._run, self._cfg, self._plan, self._comm = Path(cfg.run), cfg, plan, comm
+        self._attempt = attempt
         self._accounts = (
             Accounts(self._run, cfg, plan, attempt=attempt, launcher_pid=launcher_pid)
             if comm.rank == 0
             else None
         )
         self._saved_step = -1
-
-    def watch(
-        self,
-        fragments: FragmentReader,
-        ema: Ema,
-        *,
-        shapes: dict[str, list[int]],
-        fingerprints: tuple[str, str],
-        feed: Feed,
-    ) -> None:
-        """Take what checkpoints consist of; fingerprints are the dataset's and the encoding's."""
-        self._fragments, self._ema, self._shapes = fragments, ema, shapes
-        self._fingerprints, self._feed = fingerprints, feed
 
     @contextmanager
     def span(self, bucket: str) -> Iterator[None]:
@@ -163,12 +158,93 @@ class Bookkeeper:
                 stack.enter_context(self._accounts.span(bucket))
             yield
 
-    def begin(self, progress: Progress) -> None:
-        """Training starts or goes on from `progress`."""
+    def begin(self, built: Built, progress: Progress) -> None:
+        """Training of what was built starts or goes on from `progress`."""
+        snapshot = Snapshot(built.engine.fragments, built.ema)
+        self._built = built
+        self._saver = Saver(
+            checkpoints_of(self._cfg),
+            snapshot,
+            self._comm,
+            self._cfg.checkpoint,
+            attempt=self._attempt,
+            shapes=built.shapes,
+            averages=list(built.ema.tensors()),
+            best=partial(best_images, self._run, self._cfg.checkpoint.keep_best),
+        )
+        self._rollback = Rollback(
+            self._run,
+            snapshot,
+            self._comm,
+            max_tries=self._cfg.rollback.max_tries,
+            attempt=self._attempt,
+        )
+        snapshot.take(self._state(progress))
         self._saved_step = progress.step
         if self._accounts:
             self._record_stream(progress)
             self._accounts.begin(progress)
+
+    def after_step(self, progress: Progress, facts: StepFacts) -> None:
+        """Log the step; save when due."""
+        if self._accounts:
+            self._accounts.after_step(progress, facts)
+        with self.span("checkpoint_stall"):
+            self._saver.poll()
+        if progress.step % self._plan.checkpoint_every_steps == 0:
+            self.save(progress)
+
+    def roll_back(self, progress: Progress, fault: str, mine: Mine) -> None:
+        """Bring everything back to the last good state, without the samples that led away."""
+        with self.span("restore"):
+            state = self._rollback(
+                step=progress.step,
+                fault=fault,
+                ids=mine.ids,
+                losses=mine.losses,
+                exclude=self._built.feed.exclude,
+            )
+        if self._accounts:
+            self._accounts.roll_back(progress.step, state.step)
+        progress.stream = self._built.feed.begin(state.stream)
+        progress.step, progress.images_seen = state.step, state.images_seen
+        self._built.guard.forget(state.losses)
+
+    def save(self, progress: Progress) -> None:
+        """Begin to save a checkpoint of this step, unless there is one already."""
+        if progress.step == self._saved_step:
+            return
+        with self.span("checkpoint_stall"):
+            self._saver.save(self._state(progress))
+        self._saved_step = progress.step
+
+    def finish(self, progress: Progress) -> None:
+        """Save where training ends, and wait until that is on disk.
+
+        Raises:
+            BadWorld: It could not be saved.
+        """
+        self.save(progress)
+        with self.span("checkpoint_stall"):
+            saved = self._saver.finish()
+        if not saved:
+            raise BadWorld(
+                f"the last checkpoint of {self._run} could not be saved; the log says why. Older "
+                "ones are untouched; make room, or give another checkpoint.folder=, then give the "
+                "same command again."
+            )
+
+    def _state(self, progress: Progress) -> TrainState:
+        dataset, encoding = self._built.fingerprints
+        return TrainState(
+            step=progress.step,
+            images_seen=progress.images_seen,
+            seed=self._cfg.seed,
+            dataset_fingerprint=dataset,
+            encoding_fingerprint=encoding,
+            stream=self._built.feed.to_json(progress.stream),
+            losses=self._built.guard.recent,
+        )
 
     def _record_stream(self, progress: Progress) -> None:
         """Write down which samples all later steps take: what `kiln order` reads."""
@@ -176,43 +252,11 @@ class Bookkeeper:
             "attempt": self._attempt,
             "step": progress.step,
             "global_batch_images": self._plan.images_per_step,
-            "stream": self._feed.to_json(progress.stream),
+            "stream": self._built.feed.to_json(progress.stream),
         }
         record = JsonLines(self._run / STREAM)
         record.append([row])
         record.close()
-
-    def after_step(self, progress: Progress, facts: StepFacts) -> None:
-        """Log the step; save when due."""
-        if self._accounts:
-            self._accounts.after_step(progress, facts)
-        if progress.step % self._plan.checkpoint_every_steps == 0:
-            self.save(progress)
-
-    def save(self, progress: Progress) -> None:
-        """Save a checkpoint of this step, unless there is one already."""
-        if progress.step == self._saved_step:
-            return
-        dataset, encoding = self._fingerprints
-        state = TrainState(
-            step=progress.step,
-            images_seen=progress.images_seen,
-            seed=self._seed,
-            dataset_fingerprint=dataset,
-            encoding_fingerprint=encoding,
-            stream=self._feed.to_json(progress.stream),
-        )
-        with self.span("checkpoint_stall"):
-            save(
-                self._run / "checkpoints",
-                state,
-                self._fragments,
-                self._ema,
-                self._comm,
-                shapes=self._shapes,
-                keep_last=self._keep_last,
-            )
-        self._saved_step = progress.step
 
     def __enter__(self) -> "Bookkeeper":
         return self

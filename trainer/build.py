@@ -1,5 +1,6 @@
 """From a frozen config to the objects of a run."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainer.config import (
-    AutoencoderModelConfig,
-    OptimConfig,
-    ReconstructionConfig,
-    TrainConfig,
-)
+from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
 from trainer.config_diffusion import (
     DenoisingConfig,
     ExplodingProcessConfig,
@@ -24,6 +20,7 @@ from trainer.config_diffusion import (
     TimesConfig,
     VpProcessConfig,
 )
+from trainer.config_engine import OptimConfig
 from trainer.data.manifest import encoding_folder
 from trainer.data.null_text import read_null_text
 from trainer.data.opening import Dataset
@@ -47,21 +44,27 @@ from trainer.models.denoisers import build_denoiser
 from trainer.models.start import load_start
 from trainer.objectives import LatentObjective, Loss, ReconstructionObjective
 from trainer.plan import Plan
-from trainer.runtime.checkpoint import TrainState, load, newest_valid, read_state
+from trainer.runtime.checkpoint import TrainState, load, read_state, verify
 from trainer.runtime.comm import Comm
-from trainer.runtime.ema import Ema
+from trainer.runtime.ema import Ema, decays
 from trainer.runtime.engine import Engine
+from trainer.runtime.guard import Guard
+from trainer.runtime.rundir import complete, step_folder, step_of
+from trainer.runtime.snapshot import live_tensors
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Built:
-    """A run, assembled; `start` binds it to where training stands."""
+    """A run, assembled."""
 
     cfg: TrainConfig
     plan: Plan
     comm: Comm
     engine: Engine
     ema: Ema
+    guard: Guard
     objective: Objective
     feed: Feed
     shapes: dict[str, list[int]]
@@ -69,15 +72,16 @@ class Built:
     fingerprints: tuple[str, str]
     """Of the dataset, and of its encoding ('' for pictures)."""
 
-    def start(self, progress: Progress) -> Parts:
-        """Begin reading where `progress` stands."""
+    def parts(self) -> Parts:
+        """Give the loop what it needs."""
         return Parts(
             plan=self.plan,
             total_images=self.cfg.total_images,
             engine=self.engine,
             ema=self.ema,
+            guard=self.guard,
             objective=self.objective,
-            batches=self.feed.batches(progress.stream),
+            read=self.feed.batches,
             advance=self.feed.advance,
             learning_rate=learning_rate(self.cfg.optim, self.cfg.total_images),
             comm=self.comm,
@@ -101,17 +105,13 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
         objective, encoding = _second_stage(cfg, datasets[0], comm)
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     engine = Engine(model.to(comm.device), cfg, plan, comm)
-    ema = Ema(
-        engine.fragments,
-        half_life_images=cfg.ema.half_life_images,
-        warmup_ratio=cfg.ema.warmup_ratio,
-    )
     return Built(
         cfg=cfg,
         plan=plan,
         comm=comm,
         engine=engine,
-        ema=ema,
+        ema=Ema(engine.fragments, decays(cfg.ema)),
+        guard=Guard(cfg.rollback, trained.losses if trained else ()),
         objective=objective,
         feed=open_feed(cfg, datasets, comm, trained.stream if trained else None),
         shapes=shapes,
@@ -119,26 +119,38 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
     )
 
 
-def find_checkpoint(run: Path, comm: Comm) -> Path | None:
-    """Find the newest valid checkpoint; rank 0 alone re-hashes, and all get the one it found."""
-    root = run / "checkpoints"
-    folder = newest_valid(root) if comm.rank == 0 else None
-    step = int(comm.from_rank_0(float(read_state(folder).step if folder else -1)))
-    return None if step < 0 else root / f"step_{step:08d}"
+def find_checkpoint(root: Path, comm: Comm) -> Path | None:
+    """Find the newest valid checkpoint; the ranks share the hashing, and all get the same one."""
+    before = math.inf
+    while True:
+        there = [step_of(folder) for folder in complete(root)] if comm.rank == 0 else []
+        newest = max((step for step in there if step < before), default=-1)
+        step = int(comm.from_rank_0(float(newest)))
+        if step < 0:
+            return None
+        folder = step_folder(root, step)
+        problem = verify(folder, part=comm.rank, parts=comm.world)
+        if not comm.sum([float(problem is not None)])[0]:
+            return folder
+        if problem is not None:
+            log.warning("%s cannot be used: %s; trying the one before it", folder, problem)
+        before = step
 
 
 def restore(built: Built, folder: Path | None) -> Progress:
     """Load a checkpoint, if there is one; say where training stands.
 
     Raises:
-        BadInput: The checkpoint was trained on other data.
+        BadInput: The checkpoint is of another network, or was trained on other data.
     """
     if folder is None:
         return Progress(built.feed.begin(None))
-    state = read_state(folder)
-    stream = built.feed.begin(state.stream)
-    load(folder, built.engine.fragments, built.ema)
-    return Progress(stream, state.step, state.images_seen)
+    fragments = built.engine.fragments
+    stream = built.feed.begin(read_state(folder).stream)
+    record = load(folder, live_tensors(fragments, built.ema), built.shapes)
+    fragments.publish()
+    fragments.set_scalars(record.scalars)
+    return Progress(stream, record.state.step, record.state.images_seen)
 
 
 def build_model(cfg: TrainConfig, *, is_fresh: bool = True) -> nn.Module:

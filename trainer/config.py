@@ -6,6 +6,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from trainer.config_data import DataConfig
 from trainer.config_diffusion import DenoisingConfig, Fraction
+from trainer.config_engine import (
+    CheckpointConfig,
+    EmaConfig,
+    EngineConfig,
+    OptimConfig,
+    RollbackConfig,
+    WatchdogConfig,
+)
 from trainer.frozen import config
 
 
@@ -183,50 +191,6 @@ class BatchConfig:
 
 
 @config
-class OptimConfig:
-    """AdamW and its schedule, counted in images."""
-
-    learning_rate: PositiveFloat
-    """Peak learning rate."""
-    betas: tuple[Fraction, Fraction]
-    """AdamW's decay rates."""
-    eps: PositiveFloat
-    """AdamW's epsilon."""
-    weight_decay: NonNegativeFloat
-    """Decoupled weight decay."""
-    clip_grad_norm: PositiveFloat
-    """Gradients are scaled down to this global norm."""
-    warmup_images: NonNegativeInt
-    """The rate rises linearly over this many images."""
-    decay: Literal["none", "cosine", "linear"]
-    """How it falls from there to zero at `total_images`."""
-
-
-@config
-class EmaConfig:
-    """Exponential moving average of the weights, in fp32, on each rank's own fragment."""
-
-    half_life_images: PositiveFloat
-    """Images after which a weight's share has halved."""
-    warmup_ratio: Fraction
-    """Early in training the half life is at most this share of the images seen (EDM2)."""
-
-
-@config
-class EngineConfig:
-    """DeepSpeed."""
-
-    zero_stage: Literal[0, 1, 2, 3]
-    """0 replicates; 1 shards optimizer states, 2 also gradients, 3 also weights."""
-    precision: Literal["fp32", "bf16"]
-    """Arithmetic of the network; the optimizer and the EMA are always fp32."""
-    activation_checkpointing: bool
-    """Recompute activations in the backward pass to save memory."""
-    threads_per_rank: PositiveInt
-    """CPU threads of one rank."""
-
-
-@config
 class ClusterConfig:
     """Where the ranks run."""
 
@@ -246,16 +210,6 @@ class ClusterConfig:
     """Walltime of one Slurm job, in minutes."""
     warn_before_kill_s: PositiveInt
     """Slurm's warning signal comes this long before the end."""
-
-
-@config
-class CheckpointConfig:
-    """When to save and what to keep."""
-
-    every_images: PositiveInt
-    """Save after this many images; also at a stop signal and at the end."""
-    keep_last: PositiveInt
-    """Older checkpoints are deleted once a newer one is complete."""
 
 
 @config
@@ -297,6 +251,8 @@ class TrainConfig:
     engine: EngineConfig
     cluster: ClusterConfig
     checkpoint: CheckpointConfig
+    rollback: RollbackConfig
+    watchdog: WatchdogConfig
     logging: LoggingConfig
 
     def __post_init__(self) -> None:
@@ -324,11 +280,6 @@ class TrainConfig:
                 f"data.reader=webdataset gives pictures, and model.kind={self.model.kind} is "
                 "trained on latents. Index the tars (`kiln index`), encode the dataset (`kiln "
                 "encode`), and give it with data.reader=kiln."
-            )
-        if self.engine.precision == "bf16" and self.cluster.device == "cpu":
-            raise ValueError(
-                "engine.precision=bf16 with cluster.device=cpu: CPUs here gain nothing from it "
-                "and gloo cannot reduce it. Try engine.precision=fp32."
             )
         if self.cluster.kind == "local" and self.cluster.num_nodes != 1:
             raise ValueError(

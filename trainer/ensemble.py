@@ -19,7 +19,8 @@ from trainer.gallery import sample_name
 from trainer.labels import Label, is_complete, png_bytes, publish_labelled
 from trainer.observe.countdown import Countdown
 from trainer.pictures import Wanted, Work, batches_of
-from trainer.runtime.checkpoint import Weights, complete, verify, weights_fingerprint
+from trainer.runtime.checkpoint import WEIGHTS, Weights, kind_of, verify, weights_fingerprint
+from trainer.runtime.rundir import checkpoint_root, complete
 from trainer.sampler import Pixels, Sampler
 
 
@@ -52,9 +53,12 @@ def members(sampler: Sampler, run: Path, cfg: UncertaintyConfig) -> list[Member]
             f"uncertainty.over=weights, but {run} is an exported folder, which has but one set of "
             "weights. Give the run, or over: seeds."
         )
-    folders = [each for each in reversed(complete(run / "checkpoints")) if verify(each) is None]
-    kinds: tuple[Weights, Weights] = ("ema", "raw")
-    every = [_of_weights(sampler, run, each, which) for each in folders for which in kinds]
+    every = [
+        _of_weights(sampler, run, folder, which)
+        for folder in reversed(complete(checkpoint_root(run)))
+        for which in WEIGHTS
+        if verify(folder, {kind_of(which)}) is None
+    ]
     return every[: cfg.count]
 
 

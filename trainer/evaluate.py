@@ -10,7 +10,6 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
 
 from trainer.build import build_parameterization
 from trainer.claims import claimed, locked_folder, owner
@@ -30,7 +29,8 @@ from trainer.observe.energy import open_meters
 from trainer.observe.evaluations import FOLDER, merge, result_path
 from trainer.observe.ledger import Ledger
 from trainer.observe.sinks import send_to_wandb
-from trainer.runtime.checkpoint import complete, newest_valid, verify
+from trainer.runtime.checkpoint import kind_of, newest_valid, verify
+from trainer.runtime.rundir import checkpoints_of, complete, step_of
 from trainer.sampler import Sampler, load_sampler
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,8 @@ def chosen(cfg: EvaluateConfig) -> list[Path]:
     Raises:
         BadInput: There is none, or not that one.
     """
-    root = Path(cfg.run) / "checkpoints"
-    read_yaml(TrainConfig, Path(cfg.run) / "config.yaml")
-    there = {int(folder.name.removeprefix("step_")): folder for folder in complete(root)}
+    root = checkpoints_of(read_yaml(TrainConfig, Path(cfg.run) / "config.yaml"))
+    there = {step_of(folder): folder for folder in complete(root)}
     if not there:
         raise BadInput(
             f"{cfg.run} has no complete checkpoint; train it first: kiln train run={cfg.run} ..."
@@ -100,7 +99,7 @@ def chosen(cfg: EvaluateConfig) -> list[Path]:
         case "all":
             return [there[step] for step in sorted(there, reverse=True)]
         case "latest":
-            newest = newest_valid(root)
+            newest = newest_valid(root, {kind_of(cfg.weights)})
             if newest is None:
                 raise BadInput(f"all checkpoints in {root} are damaged. Train the run further.")
             return [newest]
@@ -188,7 +187,7 @@ class Work:
         """Load a checkpoint's weights; None, with a warning, if training deleted it meanwhile."""
         cfg = self._cfg
         try:
-            problem = verify(folder)
+            problem = verify(folder, {kind_of(cfg.weights)})
             if problem is None and self._sampler is not None:
                 self._sampler = self._sampler.with_weights(self._run, folder, cfg.weights)
             elif problem is None:
@@ -199,7 +198,7 @@ class Work:
                     checkpoint=folder,
                     weights=cfg.weights,
                 )
-        except (BadInput, OSError, SafetensorError) as error:
+        except (BadInput, OSError) as error:
             if is_there(folder):
                 raise
             problem = str(error)

@@ -1,6 +1,6 @@
 """From the config of a run to the stream of its samples."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from trainer.data.stream import Law, State
 from trainer.data.tars import list_tars
 from trainer.datasets import begin, find_law, weights_of
 from trainer.runtime.comm import Comm
+from trainer.runtime.rollback import excluded_ids
 
 
 class Feed(Protocol):
@@ -35,8 +36,12 @@ class Feed(Protocol):
     def to_json(self, state: State) -> dict[str, Any]:
         """Describe a state."""
 
-    def batches(self, state: State) -> Iterator[Batch]:
+    def batches(self, state: State) -> Generator[Batch]:
         """Yield this rank's micro-batches from `state` on."""
+
+    @property
+    def exclude(self) -> Callable[[Collection[int]], None] | None:
+        """Leaves samples out from now on, by id; None where that cannot be."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,14 @@ class KilnFeed:
         """Describe a state in less than 1 kB."""
         return stream.to_json(self.law, state)
 
-    def batches(self, state: State) -> Iterator[Batch]:
+    def batches(self, state: State) -> Generator[Batch]:
         """Yield this rank's micro-batches."""
         return micro_batches(self.source, state, self.pace)
+
+    @property
+    def exclude(self) -> Callable[[Collection[int]], None]:
+        """Replace samples like removed ones."""
+        return self.source.samples.exclude
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,9 @@ class ForeignFeed:
         """Describe a state."""
         return {"schema": stream.SCHEMA, "reader": "webdataset", "samples": state.samples}
 
-    def batches(self, state: State) -> Iterator[Batch]:
+    exclude = None
+
+    def batches(self, state: State) -> Generator[Batch]:
         """Yield this rank's micro-batches."""
         cfg = self.cfg
         assert cfg.data.epoch_images is not None
@@ -152,7 +164,8 @@ def open_feed(
         Path(cfg.run) / "quarantine" / f"rank_{comm.rank:05d}.jsonl",
         max_bad_frac=cfg.data.max_bad_frac,
     )
-    samples = Samples(law, open_readers(datasets, law, cache=open_cache(cfg.data)), quarantine)
+    readers = open_readers(datasets, law, cache=open_cache(cfg.data))
+    samples = Samples(law, readers, quarantine, excluded=excluded_ids(Path(cfg.run)))
     source = _source(cfg, samples, comm.device)
     pace = Pace(
         rank=comm.rank,

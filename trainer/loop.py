@@ -1,20 +1,20 @@
 """The training loop, and where a run stands."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from trainer.data.sources import Batch
 from trainer.data.stream import State
-from trainer.errors import BadWorld
 from trainer.plan import Plan
 from trainer.runtime.comm import Comm
 from trainer.runtime.ema import Ema
 from trainer.runtime.engine import Engine
+from trainer.runtime.guard import Guard
 from trainer.runtime.signals import StopFlag
 
 Objective = Callable[[nn.Module, Batch], Tensor]
@@ -37,16 +37,31 @@ class StepFacts:
     loss: float
     grad_norm: float
     learning_rate: float
+    is_stopping: bool
+    """Some rank was told to stop."""
+
+
+@dataclass(frozen=True)
+class Mine:
+    """This rank's samples of a step."""
+
+    ids: Tensor
+    """``(N,)`` int64."""
+    losses: Tensor
+    """``(N,)`` fp32."""
 
 
 class Observer(Protocol):
-    """What happens beside training: accounts, progress, checkpoints; each knows if it is due."""
+    """What happens beside training: accounts, checkpoints, rollbacks; each knows if it is due."""
 
     def span(self, bucket: str) -> AbstractContextManager[None]:
         """Account the time inside to a bucket of the ledger."""
 
     def after_step(self, progress: Progress, facts: StepFacts) -> None:
         """Hear of a finished step."""
+
+    def roll_back(self, progress: Progress, fault: str, mine: Mine) -> None:
+        """Bring everything, `progress` too, back to the last good state, or end the run."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +72,10 @@ class Parts:
     total_images: int
     engine: Engine
     ema: Ema
+    guard: Guard
     objective: Objective
-    batches: Iterator[Batch]
+    read: Callable[[State], Generator[Batch]]
+    """Where the stream stands -> this rank's micro-batches from there on."""
     advance: Callable[[State], State]
     """State of the stream before a step -> behind it."""
     learning_rate: Callable[[int], float]
@@ -70,35 +87,47 @@ def train(parts: Parts, progress: Progress, stop: StopFlag, observer: Observer) 
     """Train until all images are seen; return False when a stop signal ended it earlier.
 
     Raises:
-        BadWorld: The loss is not finite; all ranks agree and stop.
+        BadWorld: The run is not getting over a fault; all ranks agree and stop.
     """
-    plan, engine, comm = parts.plan, parts.engine, parts.comm
+    batches = parts.read(progress.stream)
     while progress.images_seen < parts.total_images:
-        rate = parts.learning_rate(progress.images_seen)
-        engine.set_learning_rate(rate)
-        loss_sum = 0.0
-        for _ in range(plan.accumulation_steps):
-            with observer.span("data_stall"):
-                batch = next(parts.batches)
-            loss_B = parts.objective(engine.model, batch)
-            engine.backward(loss_B.mean())
-            engine.micro_step()
-            loss_sum += float(loss_B.detach().sum())
-
-        progress.step += 1
-        progress.images_seen += plan.images_per_step
-        progress.stream = parts.advance(progress.stream)
-        parts.ema.update(images_per_step=plan.images_per_step, images_seen=progress.images_seen)
-        # One small collective a step: the loss over all ranks, and whether any was told to stop.
-        total, stopping = comm.sum([loss_sum, float(stop.received is not None)])
-        loss = total / plan.images_per_step
-        if not math.isfinite(loss):
-            raise BadWorld(
-                f"the loss is {loss} at step {progress.step} (images {progress.images_seen}). "
-                "The last checkpoint stands; a lower optim.learning_rate or a smaller "
-                "optim.clip_grad_norm may help."
-            )
-        observer.after_step(progress, StepFacts(loss, engine.grad_norm, rate))
-        if stopping:
+        facts, mine = take_step(parts, batches, progress, stop, observer)
+        fault = parts.guard.judge(facts.loss, facts.grad_norm, overflowed=parts.engine.overflowed)
+        if fault is not None:
+            batches.close()
+            observer.roll_back(progress, fault, mine)
+            batches = parts.read(progress.stream)
+            continue
+        observer.after_step(progress, facts)
+        if facts.is_stopping:
             return False
     return True
+
+
+def take_step(
+    parts: Parts, batches: Iterator[Batch], progress: Progress, stop: StopFlag, observer: Observer
+) -> tuple[StepFacts, Mine]:
+    """Take one optimizer step, and move `progress` behind it."""
+    plan, engine = parts.plan, parts.engine
+    rate = parts.learning_rate(progress.images_seen)
+    engine.set_learning_rate(rate)
+    ids, losses = [], []
+    for _ in range(plan.accumulation_steps):
+        with observer.span("data_stall"):
+            batch = next(batches)
+        loss_B = parts.objective(engine.model, batch)
+        engine.backward(loss_B.mean())
+        engine.micro_step()
+        ids.append(batch.ids_B)
+        losses.append(loss_B.detach())
+    mine = Mine(torch.cat(ids), torch.cat(losses))
+
+    progress.step += 1
+    progress.images_seen += plan.images_per_step
+    progress.stream = parts.advance(progress.stream)
+    parts.ema.update(images_per_step=plan.images_per_step, images_seen=progress.images_seen)
+    # One small collective a step: the loss over all ranks, and whether any was told to stop.
+    loss_sum = float(mine.losses.sum())
+    total, stopping = parts.comm.sum([loss_sum, float(stop.received is not None)])
+    loss = total / plan.images_per_step
+    return StepFacts(loss, engine.grad_norm, rate, stopping > 0), mine

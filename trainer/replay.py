@@ -20,6 +20,7 @@ from trainer.frozen import read_yaml
 from trainer.observe.evaluations import METRICS, training_rows
 from trainer.observe.jsonl import read_rows
 from trainer.place import storage
+from trainer.runtime.rundir import checkpoint_root, complete, step_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +181,5 @@ def _reached(run: Path, record: Sequence[dict[str, Any]]) -> tuple[int, str]:
         for row in training_rows(read_rows(run / METRICS))
         if row["attempt"] == record[-1]["attempt"]
     ]
-    for folder in run.glob("checkpoints/step_*"):
-        found.append((int(folder.name.removeprefix("step_")), f"checkpoints/{folder.name}"))
+    found += [(step_of(folder), folder.name) for folder in complete(checkpoint_root(run))]
     return max(found)

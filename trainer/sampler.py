@@ -35,12 +35,8 @@ from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
 from trainer.pipeline_folder import is_pipeline_folder, read_pipeline
 from trainer.place import place
-from trainer.runtime.checkpoint import (
-    TrainState,
-    Weights,
-    read_weights,
-    weights_fingerprint,
-)
+from trainer.runtime.checkpoint import TrainState, Weights, read_weights, weights_fingerprint
+from trainer.runtime.rundir import checkpoint_root, step_folder
 
 Pixels = NDArray[np.uint8]
 Asked = tuple[str, int]
@@ -272,7 +268,7 @@ def load_sampler(
     tensors, state = read_weights(run, weights, checkpoint=checkpoint)
     model = build_denoiser(cfg.model)
     load_weights(model, tensors, source=str(run))
-    used = run / "checkpoints" / f"step_{state.step:08d}"
+    used = step_folder(checkpoint_root(run), state.step)
     where = torch.device(device)
     text = load_text_encoder(cfg.encoders.text).to(where)
     channels, height, width = encoding.facts["latent_shape"]

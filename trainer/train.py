@@ -19,7 +19,14 @@ from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.local import run_ranks
-from trainer.runtime.rundir import attempt_dir, config_changes, freeze_config, locked, new_attempt
+from trainer.runtime.rundir import (
+    attempt_dir,
+    checkpoints_of,
+    config_changes,
+    freeze_config,
+    locked,
+    new_attempt,
+)
 from trainer.runtime.signals import EXIT_REQUEUE
 
 log = logging.getLogger(__name__)
@@ -42,7 +49,7 @@ def run(cfg: TrainConfig) -> int:
         check_feed(cfg, datasets, None)
         with locked(folder):
             changes = config_changes(folder, cfg)
-            newest = newest_valid(folder / "checkpoints")
+            newest = newest_valid(checkpoints_of(cfg))
             state = read_state(newest) if newest else None
             check_feed(cfg, datasets, state.stream if state else None, files=state is None)
             if state is None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import sys
 import traceback
 import warnings
@@ -17,18 +16,20 @@ from trainer.frozen import read_yaml
 from trainer.loop import train
 from trainer.place import place, storage_errors
 from trainer.plan import Plan, make_plan
-from trainer.runtime.checkpoint import complete, read_state
+from trainer.runtime.checkpoint import read_state
 from trainer.runtime.comm import Comm
 from trainer.runtime.env import read_rank_env
 from trainer.runtime.local import die_with_parent, launcher_pid
-from trainer.runtime.signals import EXIT_REQUEUE, StopFlag
+from trainer.runtime.rundir import checkpoints_of, complete
+from trainer.runtime.saver import Superseded
+from trainer.runtime.signals import EXIT_FINAL, EXIT_REQUEUE, StopFlag
 
 log = logging.getLogger(__name__)
 
 
 def plan_from(cfg: TrainConfig, run: Path) -> Plan:
     """Plan the rest of a run that may have taken steps of another size before."""
-    there = complete(run / "checkpoints")
+    there = complete(checkpoints_of(cfg))
     state = read_state(there[-1]) if there else None
     if state is None:
         return make_plan(cfg)
@@ -45,28 +46,18 @@ def work(run: Path) -> int:
         storage_errors(place(cfg.data.dataset)),
         Bookkeeper(cfg, plan, comm, attempt=env.attempt, launcher_pid=launcher_pid()) as books,
     ):
-        if env.rank == 0:
-            for leftover in (run / "checkpoints").glob(".*.partial"):
-                shutil.rmtree(leftover)
         with books.span("restore"):
-            checkpoint = find_checkpoint(run, comm)
+            checkpoint = find_checkpoint(checkpoints_of(cfg), comm)
         built = build(cfg, plan, comm, read_state(checkpoint) if checkpoint else None)
         with books.span("restore"):
             progress = restore(built, checkpoint)
-        books.watch(
-            built.engine.fragments,
-            built.ema,
-            shapes=built.shapes,
-            fingerprints=built.fingerprints,
-            feed=built.feed,
-        )
         if env.rank == 0:
             log.info(
                 "%s: attempt %d, step %d of %d", run, env.attempt, progress.step, plan.total_steps
             )
-        books.begin(progress)
-        finished = train(built.start(progress), progress, stop, books)
-        books.save(progress)
+        books.begin(built, progress)
+        finished = train(built.parts(), progress, stop, books)
+        books.finish(progress)
     comm.close()
     if env.rank == 0:
         words = "finished" if finished else f"stopped by {stop.received or 'another rank'}, saved"
@@ -85,7 +76,9 @@ def main(argv: Sequence[str]) -> int:
         code = work(Path(argv[0]))
     except (BadInput, BadWorld) as error:
         print(f"kiln train: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, BadInput) else 1
+        code = (
+            2 if isinstance(error, BadInput) else EXIT_FINAL if isinstance(error, Superseded) else 1
+        )
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -16,7 +16,8 @@ from tests.e2e.conftest import SMALL_NETWORK, kiln
 from trainer.data.manifest import load_manifest
 from trainer.observe.accounts import close_check
 from trainer.observe.jsonl import read_rows
-from trainer.runtime.checkpoint import complete, read_weights
+from trainer.runtime.checkpoint import read_weights
+from trainer.runtime.rundir import complete
 
 pytestmark = pytest.mark.e2e
 

@@ -10,7 +10,8 @@ import pytest
 from tests.e2e.conftest import SMALL_NETWORK, kiln
 from trainer.observe.jsonl import read_rows
 from trainer.place import place
-from trainer.runtime.checkpoint import complete, read_state
+from trainer.runtime.checkpoint import read_state
+from trainer.runtime.rundir import complete
 
 pytestmark = pytest.mark.e2e
 

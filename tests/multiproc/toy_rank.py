@@ -1,25 +1,35 @@
-"""One rank of a toy training, run by test_runtime.py: a real engine on a network of odd sizes.
+"""One rank of a toy training, run by the tests beside this: the real loop, engine and bookkeeping
+on a network of odd sizes and a stream of made-up samples.
 
-Argument: a JSON of {run, stage, accumulate, steps, save_at, keep}. Resumes what lies in the run.
+Resumes what lies in the run.
 """
 
-import json
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from tests.tiny import tiny_config
+from trainer.bookkeeping import Bookkeeper
+from trainer.build import Built, find_checkpoint, restore
+from trainer.data.sources import PictureBatch
+from trainer.data.stream import State
+from trainer.frozen import write_yaml
+from trainer.loop import train
 from trainer.plan import make_plan
-from trainer.runtime.checkpoint import TrainState, load, newest_valid, save
+from trainer.runtime.checkpoint import read_state
 from trainer.runtime.comm import Comm
-from trainer.runtime.ema import Ema
+from trainer.runtime.ema import Ema, decays
 from trainer.runtime.engine import Engine
 from trainer.runtime.env import read_rank_env
-from trainer.runtime.local import die_with_parent
+from trainer.runtime.guard import Guard
+from trainer.runtime.rollback import excluded_ids
+from trainer.runtime.rundir import checkpoints_of
+from trainer.runtime.signals import StopFlag
 
 GLOBAL = 8
+REPLACED = 1_000_000
 
 
 def network() -> nn.Module:
@@ -28,51 +38,91 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 11, bias=False), nn.Linear(11, 1))
 
 
-def sample(step: int, slot: int) -> torch.Tensor:
-    return torch.randn(5, generator=torch.Generator().manual_seed(1000 * step + slot))
+class ToyFeed:
+    """Sample n is a draw keyed by n; one that is left out is replaced by number n + REPLACED."""
+
+    def __init__(self, rank, world, micro, excluded):
+        self._rank, self._world, self._micro = rank, world, micro
+        self._excluded = set(excluded)
+
+    def begin(self, saved):
+        return State(saved["samples"] if saved else 0, (), ())
+
+    def advance(self, state):
+        return replace(state, samples=state.samples + GLOBAL)
+
+    def to_json(self, state):
+        return {"samples": state.samples}
+
+    def exclude(self, ids):
+        self._excluded |= set(ids)
+
+    def batches(self, state):
+        while True:
+            mine = range(state.samples + self._rank, state.samples + GLOBAL, self._world)
+            for first in range(0, len(mine), self._micro):
+                ids = [
+                    n + REPLACED if n in self._excluded else n
+                    for n in mine[first : first + self._micro]
+                ]
+                x = torch.stack(
+                    [torch.randn(5, generator=torch.Generator().manual_seed(n)) for n in ids]
+                )
+                yield PictureBatch(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.int64), x)
+            state = self.advance(state)
 
 
-def main() -> None:
-    args = json.loads(sys.argv[1])
-    die_with_parent()
+class ToyObjective:
+    """Learn the sum of five numbers; some samples have no finite loss."""
+
+    def __init__(self, nan_ids):
+        self._nan_ids = torch.tensor(nan_ids, dtype=torch.int64)
+
+    def __call__(self, model, batch):
+        x = batch.pictures_BCHW
+        dtype = next(model.parameters()).dtype
+        loss_B = (model(x.to(dtype))[:, 0].float() - x.sum(1)).square()
+        is_bad_B = torch.isin(batch.ids_B, self._nan_ids)
+        return loss_B * torch.where(is_bad_B, torch.nan, 1.0)
+
+
+def train_toy(folder, steps, nan_ids, changes):
+    """Be one rank of a run; `changes` are config keys and their values."""
     env = read_rank_env()
     torch.set_num_threads(1)
-    micro = GLOBAL // env.world // args["accumulate"]
+    stop = StopFlag()
+    changes = {key.replace(".", "__"): value for key, value in changes.items()}
     cfg = tiny_config(
-        engine__zero_stage=args["stage"],
+        run=str(folder),
+        total_images=steps * GLOBAL,
         cluster__ranks_per_node=env.world,
         batch__global_batch_images=GLOBAL,
-        batch__micro_batch_images=micro,
+        **{"batch__micro_batch_images": GLOBAL // env.world, **changes},
     )
-    comm = Comm(env, "cpu")
-    plan = make_plan(cfg)
-    model = network()
-    shapes = {name: list(param.shape) for name, param in model.named_parameters()}
-    engine = Engine(model, cfg, plan, comm)
-    ema = Ema(engine.fragments, half_life_images=16, warmup_ratio=1.0)
-    root = Path(args["run"]) / "checkpoints"
-    folder = newest_valid(root)
-    step = load(folder, engine.fragments, ema).step if folder else 0
-    losses = []
-    while step < args["steps"]:
-        mine = list(range(env.rank, GLOBAL, env.world))
-        loss_sum = 0.0
-        for first in range(0, len(mine), micro):
-            x = torch.stack([sample(step, slot) for slot in mine[first : first + micro]])
-            loss_B = (engine.model(x)[:, 0] - x.sum(1)).square()
-            engine.backward(loss_B.mean())
-            engine.micro_step()
-            loss_sum += float(loss_B.detach().sum())
-        step += 1
-        ema.update(images_per_step=GLOBAL, images_seen=step * GLOBAL)
-        losses.append(comm.sum([loss_sum])[0] / GLOBAL)
-        if step in {args["save_at"], args["steps"]}:
-            state = TrainState(step, step * GLOBAL, 1, "d", "e", {})
-            save(root, state, engine.fragments, ema, comm, shapes=shapes, keep_last=args["keep"])
+    run = Path(cfg.run)
     if env.rank == 0:
-        (Path(args["run"]) / "losses.json").write_text(json.dumps(losses))
+        write_yaml(cfg, run / "config.yaml")
+    comm, plan = Comm(env, "cpu"), make_plan(cfg)
+    with Bookkeeper(cfg, plan, comm, attempt=env.attempt, launcher_pid=None) as books:
+        model = network()
+        shapes = {name: list(param.shape) for name, param in model.named_parameters()}
+        engine = Engine(model, cfg, plan, comm)
+        checkpoint = find_checkpoint(checkpoints_of(cfg), comm)
+        recent = read_state(checkpoint).losses if checkpoint else []
+        built = Built(
+            cfg=cfg,
+            plan=plan,
+            comm=comm,
+            engine=engine,
+            ema=Ema(engine.fragments, decays(cfg.ema)),
+            guard=Guard(cfg.rollback, recent),
+            objective=ToyObjective(nan_ids),
+            feed=ToyFeed(env.rank, env.world, cfg.batch.micro_batch_images, excluded_ids(run)),
+            shapes=shapes,
+            fingerprints=("dataset", "encoding"),
+        )
+        progress = restore(built, checkpoint)
+        books.begin(built, progress)
+        train(built.parts(), progress, stop, books)
+        books.finish(progress)
     comm.close()
-
-
-if __name__ == "__main__":
-    main()

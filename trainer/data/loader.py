@@ -1,7 +1,7 @@
 """Micro-batches of one rank, read ahead by threads; nothing of it is part of the state."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Pace:
     """Batches that are ready or being read while one is in use."""
 
 
-def micro_batches(source: Source, state: State, pace: Pace) -> Iterator[Batch]:
+def micro_batches(source: Source, state: State, pace: Pace) -> Generator[Batch]:
     """Yield this rank's micro-batches from `state` on, without end.
 
     The samples of a step are equal for all paces; a resumed run passes the state behind the last

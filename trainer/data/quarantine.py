@@ -33,9 +33,7 @@ class Quarantine:
         """
         with self._lock:
             self.num_bad += 1
-            if (dataset, shard, key) not in self._known:
-                self._known.add((dataset, shard, key))
-                self._write({"dataset": dataset, "shard": shard, "key": key, "why": why})
+            self._write(dataset, shard, key, why)
             if self.num_bad > max(FEW, self._max_bad_frac * self.num_seen):
                 where = f"; {self._path} lists them" if self._path else ""
                 raise BadInput(
@@ -44,8 +42,17 @@ class Quarantine:
                     "Repair the dataset (`kiln verify` finds what is damaged), or allow more."
                 )
 
-    def _write(self, record: dict[str, str]) -> None:
+    def exclude(self, *, dataset: str, shard: str, key: str) -> None:
+        """Write down a sample that a rollback left out; it does not count as bad."""
+        with self._lock:
+            self._write(dataset, shard, key, "excluded by a rollback")
+
+    def _write(self, dataset: str, shard: str, key: str, why: str) -> None:
+        if (dataset, shard, key) in self._known:
+            return
+        self._known.add((dataset, shard, key))
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            row = {"dataset": dataset, "shard": shard, "key": key, "why": why}
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(row) + "\n")

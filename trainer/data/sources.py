@@ -1,6 +1,6 @@
 """Samples by position of the stream: latents with text states, or pictures, as batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,9 +74,20 @@ class Source(Protocol):
 class Samples:
     """The datasets of a stream, and what becomes of samples that cannot be read."""
 
-    def __init__(self, law: Law, readers: Sequence[Reader], quarantine: Quarantine) -> None:
-        """Take a reader for each member of the law, and where bad samples are counted."""
+    def __init__(
+        self,
+        law: Law,
+        readers: Sequence[Reader],
+        quarantine: Quarantine,
+        *,
+        excluded: Collection[int] = (),
+    ) -> None:
+        """Take a reader for each member of the law, and where bad samples are counted.
+
+        Samples whose ids are `excluded` are replaced like those that were removed.
+        """
         self.law, self.readers, self._quarantine = law, tuple(readers), quarantine
+        self._excluded = frozenset(excluded)
         # Remote and not cached, all the time goes into waiting for answers.
         waits = any(r.cache is None and not is_local(r.entries[0].tar(r.folder)) for r in readers)
         self._threads = ThreadPoolExecutor(NUM_REQUESTS) if waits else None
@@ -104,6 +115,10 @@ class Samples:
             return self._settle(slots, number, *first[number], read)
 
         return list((self._threads.map if self._threads else map)(settle, range(len(first))))
+
+    def exclude(self, ids: Collection[int]) -> None:
+        """Replace these samples, too, from now on."""
+        self._excluded |= frozenset(ids)
 
     def visits(self, slots: Slots) -> Tensor:
         """Say how often each sample was seen before: (B,) int64."""
@@ -140,7 +155,9 @@ class Samples:
             try:
                 if isinstance(place, BadData):
                     raise place
-                if not place.shard.gone[place.row]:
+                if int(place.shard.ids[place.row]) in self._excluded:
+                    self._quarantine.exclude(**self._name(member, slots.bucket, row, place))
+                elif not place.shard.gone[place.row]:
                     read(number, place)
                     return place
             except BadData as error:
@@ -158,12 +175,14 @@ class Samples:
     def _record(
         self, member: int, bucket: str, row: int, place: Place | BadData, error: BadData
     ) -> None:
-        self._quarantine.add(
-            dataset=self.law.members[member].name,
-            shard=self.readers[member].shard_name(bucket, row),
-            key=place.shard.key(place.row) if isinstance(place, Place) else f"number {row}",
-            why=str(error),
-        )
+        self._quarantine.add(**self._name(member, bucket, row, place), why=str(error))
+
+    def _name(self, member: int, bucket: str, row: int, place: Place | BadData) -> dict[str, str]:
+        return {
+            "dataset": self.law.members[member].name,
+            "shard": self.readers[member].shard_name(bucket, row),
+            "key": place.shard.key(place.row) if isinstance(place, Place) else f"number {row}",
+        }
 
 
 class LatentSource:

@@ -67,6 +67,21 @@ def evaluation_rows(run: Path, rows: Iterable[Row]) -> list[Row]:
     return [found[step] for step in sorted(found)]
 
 
+def best_images(run: Path, score: str | None) -> int | None:
+    """Return the images seen where a score was best so far; None if nobody looked at it.
+
+    Args:
+        run: Run directory.
+        score: E.g. eval/all; with a minus before it the smallest is the best.
+    """
+    if score is None:
+        return None
+    name, sign = (score[1:], -1) if score.startswith("-") else (score, 1)
+    found = [row for row in evaluation_rows(run, read_rows(run / METRICS)) if name in row]
+    best = max(found, key=lambda row: sign * row[name], default=None)
+    return None if best is None else int(best["images_seen"])
+
+
 class Merger:
     """Finds finished evaluations that metrics.jsonl does not have; for its one writer."""
 

@@ -1,31 +1,37 @@
-"""Checkpoints that are complete or absent: safetensors fragments, hashed, published by a rename."""
+"""Checkpoints as they lie in a folder or at a URL: found, checked, and read at any layout.
+
+`step_00000012/` holds, for every rank, one file of weights, one of their averages and one of the
+optimizer's moments, each tensor a flat range `NAME@START` of a parameter. `checkpoint.json` lists
+them with their hashes; it is written last, and a folder without it does not count.
+"""
 
 import hashlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.data.publish import file_sha256, publish_json
-from trainer.errors import BadInput, BadWorld
-from trainer.runtime.comm import Comm
-from trainer.runtime.ema import Ema
-from trainer.runtime.fragments import MOMENTS, FragmentReader
+from trainer.errors import BadInput
+from trainer.place import NUM_REQUESTS, is_local, read_bytes, sizes_bytes
+from trainer.runtime.rundir import RECORD, checkpoint_root, complete
+from trainer.runtime.tensors import Stored, read_wanted, sha256_of, stored_tensors
 
 log = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
-SCHEMA = 1
-_RECORD = "checkpoint.json"
+Kind = Literal["weight", "ema", "optim"]
+WEIGHTS: tuple[Weights, ...] = ("ema", "raw")
+KINDS: tuple[Kind, ...] = ("weight", "ema", "optim")
+Tensors = Mapping[Kind, Mapping[str, Tensor]]
+"""Kind -> `NAME@START` -> flat range; of averages and moments with `WHICH/` before it."""
+SCHEMA = 2
+LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -39,122 +45,165 @@ class TrainState:
     encoding_fingerprint: str
     stream: dict[str, Any]
     """Where the data stream goes on: `trainer.data.stream.to_json`."""
+    losses: list[float] = field(default_factory=list)
+    """Of the last good steps, which the next ones are judged by."""
 
 
-def save(
-    root: Path,
-    state: TrainState,
-    fragments: FragmentReader,
-    ema: Ema,
-    comm: Comm,
-    *,
-    shapes: dict[str, list[int]],
-    keep_last: int,
-) -> Path:
-    """Write one checkpoint from all ranks, publish it, then delete what is too old.
+@dataclass(frozen=True)
+class File:
+    """One file of a checkpoint."""
 
-    Args:
-        root: The run's `checkpoints` folder.
-        state: Where training stands.
-        fragments: This rank's weights and moments.
-        ema: This rank's averages.
-        comm: All ranks must call together.
-        shapes: Full shape of every parameter, to put fragments together without the model.
-        keep_last: Complete checkpoints that stay.
+    name: str
+    kind: Kind
+    rank: int
+    bytes: int
+    sha256: str
 
-    Raises:
-        BadWorld: A rank could not write; nothing was published and older checkpoints stand.
+
+@dataclass(frozen=True)
+class Record:
+    """What `checkpoint.json` says."""
+
+    state: TrainState
+    attempt: int
+    """Of the run, which saved it."""
+    scalars: dict[str, float]
+    """Of the optimizer: steps, and the loss scale where there is one."""
+    shapes: dict[str, list[int]]
+    """Full shape of every trained parameter, to put them together without the model."""
+    averages: list[str]
+    """Names of the moving averages; the first is the one that is sampled from."""
+    files: list[File] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> set[Kind]:
+        """What is kept of it; all, unless it was thinned."""
+        return {file.kind for file in self.files}
+
+    def of(self, kinds: Collection[Kind]) -> list[File]:
+        """Return the files of some kinds."""
+        return [file for file in self.files if file.kind in kinds]
+
+
+def kind_of(which: Weights) -> Kind:
+    """Which files the weights to sample from lie in."""
+    return "ema" if which == "ema" else "weight"
+
+
+def newest_valid(root: Path, kinds: Collection[Kind] = KINDS) -> Path | None:
+    """Find the newest checkpoint whose files of some kinds are there and hash right.
+
+    Every one that is passed over is named in the log, with the reason.
     """
-    final = root / f"step_{state.step:08d}"
-    partial = root / f".{final.name}.partial"
-    if comm.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    comm.barrier()
-    failure: OSError | SafetensorError | None = None
-    try:
-        _write_rank(partial, comm.rank, fragments, ema)
-    except (OSError, SafetensorError) as error:
-        failure = error
-    if comm.sum([float(failure is not None)])[0]:
-        if comm.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        reason = failure or "another rank's write failed; its log says why"
-        raise BadWorld(
-            f"rank {comm.rank} could not save {final}: {reason}. Older checkpoints in {root} are "
-            "untouched; make room or choose another run=, then give the same command again."
-        ) from failure
-    if comm.rank == 0:
-        _publish(partial, final, state, shapes, world=comm.world, adam_steps=fragments.adam_steps)
-        for old in complete(root)[:-keep_last]:
-            shutil.rmtree(old)
-    comm.barrier()
-    return final
-
-
-def newest_valid(root: Path) -> Path | None:
-    """Find the newest checkpoint whose files are all there and hash right; say which are not."""
     for folder in reversed(complete(root)):
-        problem = verify(folder)
+        problem = verify(folder, kinds)
         if problem is None:
             return folder
-        log.warning("%s is damaged (%s); trying the one before it", folder, problem)
+        if not problem.startswith(_THINNED):
+            log.warning("%s is damaged (%s); trying the one before it", folder, problem)
     return None
 
 
-def complete(root: Path) -> list[Path]:
-    """List published checkpoints, oldest first; a folder without its record does not count."""
-    return sorted(path.parent for path in root.glob(f"step_*/{_RECORD}"))
+def verify(
+    folder: Path, kinds: Collection[Kind] = KINDS, *, part: int = 0, parts: int = 1
+) -> str | None:
+    """Re-hash a checkpoint's files; return what is wrong, or None.
 
-
-def verify(folder: Path) -> str | None:
-    """Re-hash every file of a checkpoint; return what is wrong, or None."""
+    Args:
+        folder: Of the checkpoint.
+        kinds: What must be there, and is looked at.
+        part: Only every `parts`-th file from this one on is hashed, so that ranks share the work.
+        parts: See `part`.
+    """
     try:
-        record = _read_record(folder)
+        record = read_record(folder)
     except BadInput as error:
         return str(error)
-    for name, facts in record["files"].items():
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, needs {facts['bytes']}"
-        if file_sha256(path) != facts["sha256"]:
-            return f"{name} does not have the recorded sha256"
+    if missing := set(kinds) - record.kinds:
+        return f"{_THINNED}: it has no {', '.join(sorted(missing))} any more"
+    files = record.of(kinds)[part::parts]
+    sizes = sizes_bytes([folder / file.name for file in files])
+    for file, found in zip(files, sizes, strict=True):
+        if found is None:
+            return f"{file.name} is missing"
+        if found != file.bytes:
+            return f"{file.name} has {found} bytes, needs {file.bytes}"
+
+    def is_right(file: File) -> bool:
+        return sha256_of(folder / file.name) == file.sha256
+
+    with ThreadPoolExecutor(1 if is_local(folder) else NUM_REQUESTS) as threads:
+        for file, right in zip(files, threads.map(is_right, files), strict=True):
+            if not right:
+                return f"{file.name} does not have the recorded sha256"
     return None
 
 
-def load(folder: Path, fragments: FragmentReader, ema: Ema) -> TrainState:
-    """Fill this rank's fragments from a checkpoint of any world size and ZeRO stage.
+def read_record(folder: Path) -> Record:
+    """Read what a checkpoint says of itself.
 
     Raises:
-        BadInput: The checkpoint is of another network.
+        BadInput: There is no record, or it is damaged or of another version of Kiln.
     """
-    record = _read_record(folder)
-    pieces = _Pieces(folder, record["files"])
-    for fragment, average in zip(fragments, ema.tensors(), strict=True):
-        targets = {"weight": fragment.weight, "ema": average, **fragment.moments}
-        for kind, target in targets.items():
-            pieces.fill(f"{kind}/{fragment.name}", fragment.start, target)
-    fragments.publish()
-    fragments.adam_steps = record["adam_steps"]
-    return TrainState(**record["state"])
+    path = folder / RECORD
+    try:
+        told: dict[str, Any] = json.loads(read_bytes(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise BadInput(f"{path} is missing or cut off; the checkpoint does not count") from error
+    schema = told.pop("schema", None)
+    if schema != SCHEMA:
+        raise BadInput(f"{path} has schema {schema}, this Kiln reads {SCHEMA}")
+    return Record(
+        **{
+            **told,
+            "state": TrainState(**told["state"]),
+            "files": [File(**file) for file in told["files"]],
+        }
+    )
+
+
+def record_json(record: Record) -> dict[str, Any]:
+    """Give what `read_record` reads."""
+    return {"schema": SCHEMA, **asdict(record)}
 
 
 def read_state(folder: Path) -> TrainState:
     """Read where a checkpoint stands, without its tensors."""
-    return TrainState(**_read_record(folder)["state"])
+    return read_record(folder).state
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Hash the hashes that a checkpoint has of its files: one name for all its weights."""
-    files = _read_record(folder)["files"]
-    lines = "".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    """Hash the hashes of a checkpoint's averages: one name for all that is sampled from."""
+    lines = [f"{file.rank} {file.sha256}\n" for file in read_record(folder).of({"ema"})]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def load(folder: Path, tensors: Tensors, shapes: Mapping[str, Sequence[int]]) -> Record:
+    """Fill one rank's tensors from a checkpoint of any world size and ZeRO stage.
+
+    Args:
+        folder: Of the checkpoint.
+        tensors: To fill, whichever kinds.
+        shapes: Of the network's parameters.
+
+    Raises:
+        BadInput: The checkpoint is of another network, or has other averages.
+    """
+    record = read_record(folder)
+    _check_network(folder, record.shapes, shapes)
+    pieces = _Pieces(folder, record, tensors.keys())
+    with torch.no_grad():
+        read_wanted(
+            want
+            for kind, named in tensors.items()
+            for key, target in named.items()
+            for want in pieces.find(kind, *_split(key), target)
+        )
+    return record
 
 
 def read_weights(
-    run: Path, which: Weights, *, checkpoint: Path | None = None
+    run: Path, which: Weights, *, checkpoint: Path | None = None, average: str | None = None
 ) -> tuple[dict[str, Tensor], TrainState]:
     """Put the weights of a run's newest valid checkpoint together; reads nothing else.
 
@@ -162,115 +211,81 @@ def read_weights(
         run: Run directory.
         which: Their exponential moving averages, or the weights as the optimizer left them.
         checkpoint: Another checkpoint than the newest.
+        average: Which of the averages; None is the first.
 
     Returns:
         Every parameter by name, fp32 on CPU in its full shape, and where training stood.
 
     Raises:
-        BadInput: The run has no valid checkpoint.
+        BadInput: The run has no valid checkpoint, or that one has no such average.
     """
-    folder = checkpoint or newest_valid(run / "checkpoints")
+    kind = kind_of(which)
+    folder = checkpoint or newest_valid(checkpoint_root(run), {kind})
     if folder is None:
         raise BadInput(
             f"{run} has no complete checkpoint; train it first: kiln train run={run} ..."
         )
-    record = _read_record(folder)
-    pieces = _Pieces(folder, record["files"])
-    kind = {"ema": "ema", "raw": "weight"}[which]
-    weights = {}
-    for name, shape in record["shapes"].items():
-        weights[name] = torch.empty(shape)
-        pieces.fill(f"{kind}/{name}", 0, weights[name].view(-1))
-    return weights, TrainState(**record["state"])
+    record = read_record(folder)
+    name = average or record.averages[0]
+    if name not in record.averages:
+        raise BadInput(
+            f"{folder} has no average {name!r}, but {', '.join(record.averages)}. Give one of them."
+        )
+    weights = {key: torch.empty(shape) for key, shape in record.shapes.items()}
+    prefix = f"{name}/" if kind == "ema" else ""
+    whole = {f"{prefix}{key}@0": weight.view(-1) for key, weight in weights.items()}
+    load(folder, {kind: whole}, record.shapes)
+    return weights, record.state
 
 
 class _Pieces:
-    """The 1-D pieces of all ranks' files, found by tensor name; any range can be read back."""
+    """The flat ranges in all ranks' files, found by tensor name; any range can be read back."""
 
-    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+    def __init__(self, folder: Path, record: Record, kinds: Collection[Kind]) -> None:
         self._folder = folder
-        self._files: dict[str, Any] = {
-            name: safe_open(folder / name, framework="pt") for name in sorted(names)
-        }
-        self._places: dict[str, list[tuple[int, str, str]]] = {}
-        for file, handle in self._files.items():
-            for key in handle.keys():  # noqa: SIM118 - no mapping
-                tensor, _, start = key.rpartition("@")
-                self._places.setdefault(tensor, []).append((int(start), file, key))
+        self._places: dict[tuple[Kind, str], list[tuple[int, Stored]]] = {}
+        for file in record.of(kinds):
+            for key, stored in stored_tensors(folder / file.name).items():
+                tensor, start = _split(key)
+                self._places.setdefault((file.kind, tensor), []).append((start, stored))
 
-    def fill(self, tensor: str, start: int, target: Tensor) -> None:
-        """Copy the range [start, start + len(target)) of a flattened tensor into `target`."""
+    def find(self, kind: Kind, tensor: str, start: int, target: Tensor) -> Iterator[Any]:
+        """Yield what to read for the range [start, start + len(target)) of a flattened tensor."""
         missing = target.numel()
-        for piece_start, file, key in self._places.get(tensor, []):
-            source = self._files[file].get_slice(key)
+        for piece_start, stored in self._places.get((kind, tensor), []):
             low = max(start, piece_start)
-            high = min(start + target.numel(), piece_start + source.get_shape()[0])
+            high = min(start + target.numel(), piece_start + stored.shape[0])
             if low < high:
-                part = source[low - piece_start : high - piece_start]
-                target[low - start : high - start].copy_(part)
+                yield stored.range(low - piece_start, target[low - start : high - start])
                 missing -= high - low
         if missing:
             raise BadInput(
-                f"{self._folder} lacks {missing} of {target.numel()} numbers of {tensor}: it was "
-                "saved from another network. Use the config it was trained with, or another run=."
+                f"{self._folder} lacks {missing} of {target.numel()} numbers of {kind} {tensor}. "
+                "Resume with the ema.* and optim.* settings it was saved with, or choose another "
+                "run=."
             )
 
 
-def _write_rank(folder: Path, rank: int, fragments: FragmentReader, ema: Ema) -> None:
-    tensors = dict(_named_tensors(fragments, ema))
-    path = folder / f"rank_{rank:05d}.safetensors"
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    facts = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    path.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
+_THINNED = "thinned"
 
 
-def _named_tensors(fragments: FragmentReader, ema: Ema) -> Iterator[tuple[str, Tensor]]:
-    for fragment, average in zip(fragments, ema.tensors(), strict=True):
-        place = f"{fragment.name}@{fragment.start}"
-        yield f"weight/{place}", fragment.weight.detach().contiguous()
-        yield f"ema/{place}", average
-        for key in MOMENTS:
-            yield f"{key}/{place}", fragment.moments[key].contiguous()
+def _split(key: str) -> tuple[str, int]:
+    name, _, start = key.rpartition("@")
+    return name, int(start)
 
 
-def _publish(
-    partial: Path,
-    final: Path,
-    state: TrainState,
-    shapes: dict[str, list[int]],
-    *,
-    world: int,
-    adam_steps: int,
+def _check_network(
+    folder: Path, saved: Mapping[str, Sequence[int]], ours: Mapping[str, Sequence[int]]
 ) -> None:
-    files = {}
-    for rank in range(world):
-        facts = partial / f"rank_{rank:05d}.json"
-        files[f"rank_{rank:05d}.safetensors"] = json.loads(facts.read_text(encoding="utf-8"))
-        facts.unlink()
-    record = {
-        "schema": SCHEMA,
-        "state": asdict(state),
-        "adam_steps": adam_steps,
-        "files": files,
-        "shapes": shapes,
-    }
-    publish_json(partial / _RECORD, record)
-    # A step saved again after a resume replaces the old folder, which is damaged or equal.
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    for name in (*saved, *ours):
+        got, need = saved.get(name), ours.get(name)
+        if got is None or need is None or list(got) != list(need):
+            raise BadInput(
+                f"{folder} is of another network: its {name} is {_shape(got)}, this one's is "
+                f"{_shape(need)}. Use the config it was trained with, or choose another run=, "
+                "which may begin with these weights: start_from=."
+            )
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / _RECORD
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise BadInput(f"{path} is missing or cut off; the checkpoint does not count") from error
-    if record.get("schema") != SCHEMA:
-        raise BadInput(f"{path} has schema {record.get('schema')}, this Kiln reads {SCHEMA}")
-    return record
+def _shape(shape: Sequence[int] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape)) or "a number"

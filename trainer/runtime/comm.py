@@ -45,6 +45,13 @@ class Comm:
         """Give every rank the value of rank 0."""
         return self.sum([value if self.rank == 0 else 0.0])[0]
 
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """Give every rank the bytes of all, in their order; equally many from each."""
+        mine = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self.device)
+        all_ = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(all_, mine)
+        return [bytes(each.cpu().numpy()) for each in all_]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier()

@@ -1,4 +1,4 @@
-"""DeepSpeed behind the four calls that the loop makes: forward, backward, step, fragments."""
+"""DeepSpeed behind the calls that the loop makes: forward, backward, step, fragments."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import TrainConfig
+from trainer.config_engine import EngineConfig, OptimConfig
 from trainer.plan import Plan
 from trainer.runtime.comm import Comm
 from trainer.runtime.fragments import FragmentReader
@@ -13,43 +14,69 @@ from trainer.runtime.fragments import FragmentReader
 
 def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
     """Return the DeepSpeed JSON of a run; it is written into the run directory too."""
+    engine = cfg.engine
+    on_host = {"device": "cpu", "pin_memory": cfg.cluster.device == "cuda"}
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        # Gathering small weights on demand keeps every parameter on the same path.
+        "stage3_param_persistence_threshold": 0,
+    }
+    if engine.offload != "none":
+        zero["offload_optimizer"] = on_host
+    if engine.offload == "all":
+        zero["offload_param"] = on_host
+    half = engine.precision != "fp32"
     return {
         "train_batch_size": cfg.batch.global_batch_images,
         "train_micro_batch_size_per_gpu": cfg.batch.micro_batch_images,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": cfg.optim.clip_grad_norm,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": cfg.engine.zero_stage,
-            # Gathering small weights on demand keeps every parameter on the same path.
-            "stage3_param_persistence_threshold": 0,
-        },
-        "bf16": {"enabled": cfg.engine.precision == "bf16"},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "fp16": {"enabled": engine.precision == "fp16"},
+        # gloo cannot add bf16.
+        "communication_data_type": "fp32" if half and cfg.cluster.device == "cpu" else None,
         "steps_per_print": 10**9,
     }
 
 
+def build_optimizer(cfg: OptimConfig, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make the optimizer that DeepSpeed shards."""
+    if cfg.kind == "adafactor":
+        # As torch has it: the step is relative to each tensor's size, and decays by itself.
+        return torch.optim.Adafactor(
+            params, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, foreach=True
+        )
+    return torch.optim.AdamW(
+        params,
+        lr=cfg.learning_rate,
+        betas=cfg.betas,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
+
+
 class Engine:
-    """A network under ZeRO with AdamW."""
+    """A network under ZeRO, and its optimizer."""
 
     def __init__(self, model: nn.Module, cfg: TrainConfig, plan: Plan, comm: Comm) -> None:
         """Wrap `model`; its weights must already be equal on all ranks."""
         import deepspeed  # noqa: PLC0415 - Comm chooses the accelerator before the first import
 
-        adam = torch.optim.AdamW(
-            [param for param in model.parameters() if param.requires_grad],
-            lr=cfg.optim.learning_rate,
-            betas=cfg.optim.betas,
-            eps=cfg.optim.eps,
-            weight_decay=cfg.optim.weight_decay,
-            fused=True,
-        )
+        prepare(model, cfg.engine)
+        params = [param for param in model.parameters() if param.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=adam,
+            optimizer=build_optimizer(cfg.optim, params),
             config=deepspeed_config(cfg, plan),
             dist_init_required=False,
         )
+        # One rank has nobody to add its gradients to: without copying them to and fro.
+        self._engine.enable_backward_allreduce = comm.world > 1 or cfg.engine.zero_stage > 0
+        self._is_fp16 = cfg.engine.precision == "fp16"
         self.fragments = FragmentReader(self._engine, rank=comm.rank, world=comm.world)
 
     @property
@@ -74,3 +101,37 @@ class Engine:
     def grad_norm(self) -> float:
         """Global gradient norm of the last update, before clipping."""
         return float(self._engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the last step changed nothing, because a gradient overflowed in fp16."""
+        return self._is_fp16 and not self._engine.was_step_applied()
+
+
+def prepare(model: nn.Module, cfg: EngineConfig) -> None:
+    """Choose kernels and layouts before the network is wrapped; PyTorch's switches are global."""
+    if cfg.attention != "auto":
+        for name in ("math", "flash", "mem_efficient", "cudnn"):
+            wanted = name == {"efficient": "mem_efficient"}.get(cfg.attention, cfg.attention)
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(wanted)
+    if cfg.channels_last:
+        model.register_forward_pre_hook(_channels_last, with_kwargs=False)
+    if cfg.compile:
+        compile_blocks(model)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile what repeats, block by block: one compilation serves all blocks of a kind."""
+    repeated = {"BasicTransformerBlock", "ResnetBlock2D"}
+    for module in model.modules():
+        if type(module).__name__ in repeated:
+            module.compile()
+
+
+def _channels_last(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        arg.contiguous(memory_format=torch.channels_last)
+        if isinstance(arg, Tensor) and arg.ndim == 4
+        else arg
+        for arg in args
+    )

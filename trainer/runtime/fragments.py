@@ -1,13 +1,13 @@
-"""This rank's slice of every trained parameter and of its AdamW moments, for every ZeRO stage."""
+"""This rank's slice of every trained parameter and of its moments, for every ZeRO stage."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Fragment:
     weight: Tensor
     """``(numel,)`` fp32 master weights."""
     moments: dict[str, Tensor]
-    """``(numel,)`` fp32 each: exp_avg and exp_avg_sq."""
+    """What the optimizer remembers of it by name, flattened fp32: AdamW's exp_avg and exp_avg_sq
+    ``(numel,)``; Adafactor's row_var and col_var, which are shorter, or variance."""
 
 
 class FragmentReader:
@@ -31,27 +32,44 @@ class FragmentReader:
         self._engine, self._rank, self._world = engine, rank, world
         self._stage = engine.zero_optimization_stage()
         self._zero = engine.optimizer if self._stage else None
-        self._adam: torch.optim.Optimizer = self._zero.optimizer if self._zero else engine.optimizer
+        self._optimizer: torch.optim.Optimizer = (
+            self._zero.optimizer if self._zero else engine.optimizer
+        )
         for tensor in self._flat_tensors():
-            state = self._adam.state[tensor]
+            state = self._optimizer.state[tensor]
             if not state:
                 state["step"] = torch.zeros(
-                    (), dtype=torch.float32, device=_step_device(self._adam, tensor)
+                    (), dtype=torch.float32, device=_step_device(self._optimizer, tensor)
                 )
-                state.update({key: torch.zeros_like(tensor) for key in MOMENTS})
+                state.update(_moments(self._optimizer, tensor))
         if self._stage in {1, 2}:
             assert self._zero is not None
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    @property
-    def adam_steps(self) -> int:
-        """Optimizer steps that AdamW's bias correction has counted."""
-        return max((int(self._adam.state[t]["step"]) for t in self._flat_tensors()), default=0)
+    def scalars(self) -> dict[str, float]:
+        """Read what the optimizer counts: its steps, and the state of fp16's loss scale."""
+        steps = max(
+            (float(self._optimizer.state[t]["step"]) for t in self._flat_tensors()), default=0.0
+        )
+        found = {"steps": steps}
+        if self._scaler is not None:
+            found |= {name: float(getattr(self._scaler, name)) for name in _SCALER}
+        return found
 
-    @adam_steps.setter
-    def adam_steps(self, steps: int) -> None:
+    def set_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Write what `scalars` read; a loss scale only where there is one."""
         for tensor in self._flat_tensors():
-            self._adam.state[tensor]["step"].fill_(steps)
+            self._optimizer.state[tensor]["step"].fill_(scalars["steps"])
+        if self._scaler is not None:
+            for name in _SCALER:
+                if name in scalars:
+                    kept = getattr(self._scaler, name)
+                    setattr(self._scaler, name, type(kept)(scalars[name]))
+
+    @property
+    def _scaler(self) -> Any:  # noqa: ANN401 - untyped
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
 
     def __iter__(self) -> Iterator[Fragment]:
         """Yield this rank's fragments in the order of the model's parameters."""
@@ -70,10 +88,8 @@ class FragmentReader:
         if self._stage == 0:
             for index, (_, param) in enumerate(self._named_parameters()):
                 torch.distributed.broadcast(param.data, src=index % self._world)
-                for key in MOMENTS:
-                    torch.distributed.broadcast(
-                        self._adam.state[param][key], src=index % self._world
-                    )
+                for moment in self._moments_of(param).values():
+                    torch.distributed.broadcast(moment, src=index % self._world)
             return
         assert self._zero is not None
         if self._stage == 3:
@@ -96,15 +112,18 @@ class FragmentReader:
             return list(self._zero.single_partition_of_fp32_groups)
         return [param for _, param in self._named_parameters()]
 
+    def _moments_of(self, tensor: Tensor) -> dict[str, Tensor]:
+        state = self._optimizer.state[tensor]
+        return {key: value for key, value in state.items() if key != "step"}
+
     def _whole(self, name: str, param: nn.Parameter) -> Fragment:
-        state = self._adam.state[param]
-        moments = {key: state[key].view(-1) for key in MOMENTS}
+        moments = {key: moment.view(-1) for key, moment in self._moments_of(param).items()}
         return Fragment(name, 0, param.numel(), param.data.view(-1), moments)
 
     def _mapped(self, name: str, param: nn.Parameter) -> Fragment:
         mapping = param._hp_mapping  # type: ignore[attr-defined]
         place = mapping.lp_fragment_address
-        moments = {key: mapping.optim_fragment[key] for key in MOMENTS}
+        moments = dict(mapping.optim_fragment)
         return Fragment(name, place.start, place.numel, mapping.hp_fragment.data, moments)
 
     def _stage_3(self, name: str, param: nn.Parameter) -> Iterator[Fragment]:
@@ -118,11 +137,25 @@ class FragmentReader:
             return
         group, offset, _ = zero.grad_position[zero.get_param_id(param)]
         flat = zero.fp32_partitioned_groups_flat[group]
-        state = self._adam.state[flat]
-        moments = {key: state[key].narrow(0, offset, numel) for key in MOMENTS}
+        moments = {
+            key: moment.narrow(0, offset, numel) for key, moment in self._moments_of(flat).items()
+        }
         yield Fragment(name, start, numel, flat.data.narrow(0, offset, numel), moments)
 
 
-def _step_device(adam: torch.optim.Optimizer, tensor: Tensor) -> torch.device:
+def _step_device(optimizer: torch.optim.Optimizer, tensor: Tensor) -> torch.device:
     """Fused AdamW keeps its step counter beside the parameter, the others on the host."""
-    return tensor.device if adam.defaults.get("fused") else torch.device("cpu")
+    return tensor.device if optimizer.defaults.get("fused") else torch.device("cpu")
+
+
+def _moments(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:
+    """Give an optimizer's memory of a tensor as it makes it at its first step."""
+    if not isinstance(optimizer, torch.optim.Adafactor):
+        return {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
+    if tensor.dim() < 2:
+        return {"variance": torch.zeros_like(tensor)}
+    *outer, rows, columns = tensor.shape
+    return {
+        "row_var": tensor.new_zeros((*outer, rows, 1)),
+        "col_var": tensor.new_zeros((*outer, 1, columns)),
+    }

@@ -1,4 +1,4 @@
-"""The run directory: its frozen config, its attempts, and the lock that only one may hold."""
+"""The run directory: frozen config, attempts, checkpoints, and the lock that one may hold."""
 
 import fcntl
 import os
@@ -10,11 +10,14 @@ from trainer.config import TrainConfig
 from trainer.errors import BadInput
 from trainer.frozen import differences, read_yaml, thaw, write_yaml
 
+RECORD = "checkpoint.json"
+
 # What may differ between attempts: where and how fast is computed, and from here on which samples
 # make a step, but never the order of a dataset's samples.
 _MAY_CHANGE = (
     "batch.",
-    "checkpoint.",
+    "checkpoint.every_images",
+    "checkpoint.keep_",
     "cluster.",
     "data.cache",
     "data.max_bad_frac",
@@ -24,7 +27,9 @@ _MAY_CHANGE = (
     "data.weight",
     "engine.",
     "logging.",
+    "rollback.",
     "total_",
+    "watchdog.",
 )
 
 
@@ -80,6 +85,36 @@ def freeze_config(run: Path, cfg: TrainConfig) -> None:
     """Write RUN/config.yaml; refuses what `config_changes` refuses."""
     config_changes(run, cfg)
     write_yaml(cfg, run / "config.yaml")
+
+
+def checkpoints_of(cfg: TrainConfig) -> Path:
+    """Where a run's checkpoints lie."""
+    return Path(cfg.run) / "checkpoints" if cfg.checkpoint.folder is None else cfg.checkpoint.folder
+
+
+def checkpoint_root(run: Path) -> Path:
+    """Where the checkpoints of a run directory lie, wherever that was moved to."""
+    config = run / "config.yaml"
+    folder = read_yaml(TrainConfig, config).checkpoint.folder if config.exists() else None
+    return run / "checkpoints" if folder is None else folder
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Which step a checkpoint's folder is of."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def complete(root: Path) -> list[Path]:
+    """List published checkpoints, oldest first; a folder without its record does not count.
+
+    Thinned ones are among them: their averages can be read, but no run can go on from them.
+    """
+    return sorted((path.parent for path in root.glob(f"step_*/{RECORD}")), key=step_of)
 
 
 def new_attempt(run: Path) -> int:

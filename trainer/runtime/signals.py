@@ -8,6 +8,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_REQUEUE = 85
 """Exit code of a run that saved and wants to be started again."""
 
+EXIT_FINAL = 93
+"""Exit code of an attempt that must not be started again: another one has taken its place."""
+
 
 class StopFlag:
     """Remembers the first stop signal of this process."""

@@ -19,7 +19,8 @@ from trainer.labels import (
     publish_labelled,
     xmp_packet,
 )
-from trainer.runtime.checkpoint import complete, weights_fingerprint
+from trainer.runtime.checkpoint import weights_fingerprint
+from trainer.runtime.rundir import complete
 
 HARD = "a <b>\"ring\"</b> & 'cross' ]]> größer 猫 \U0001f600\x00\x1b"
 PIXELS = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
