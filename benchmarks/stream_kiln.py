@@ -59,5 +59,5 @@ def _epoch(source: Source, epoch: int, batch: int) -> Iterator[Batch]:
     first = epoch * order.num_rows
     state = State(first, (1,), (Tally(first, (0,)),))
     batches = micro_batches(source, state, Pace(0, 1, batch, batch, THREADS, PREFETCH_BATCHES))
-    with closing(batches):  # type: ignore[type-var]
+    with closing(batches):
         yield from islice(batches, order.num_rows // batch)

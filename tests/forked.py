@@ -28,7 +28,7 @@ def run_forked(main, *args, num_ranks, log_dir):
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        log = str(log_dir / f"rank_{rank}.log")
+        log = log_dir / f"rank_{rank}.log"
         ranks.append(CONTEXT.Process(target=_rank, args=(main, args, env, log)))
         ranks[-1].start()
     for process in ranks:
@@ -38,7 +38,7 @@ def run_forked(main, *args, num_ranks, log_dir):
 
 def _rank(main, args, env, log):
     os.environ.update(env)
-    with open(log, "ab", buffering=0) as file:
+    with log.open("ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     try:

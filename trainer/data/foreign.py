@@ -4,7 +4,7 @@ import logging
 import random
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -43,7 +43,7 @@ def foreign_batches(  # noqa: PLR0913 - a stream's, and a buffer's
     device: torch.device,
     shuffle_buffer: int = 1000,
     max_bad_frac: float = 0.01,
-) -> Iterator[PictureBatch]:
+) -> Generator[PictureBatch]:
     """Yield one rank's micro-batches, without end.
 
     Each rank has tars of its own. They are shuffled for each pass, and samples within a buffer, by

@@ -153,7 +153,7 @@ def _blocks(wants: list[Want]) -> Iterator[list[Want]]:
 def _read_block(block: list[Want]) -> None:
     first, end = block[0].first_byte, max(_end(want) for want in block)
     content = torch.empty(end - first, dtype=torch.uint8)
-    view = memoryview(content.numpy())
+    view = content.numpy().data
     with open_sparsely(block[0].file) as file:
         file.seek(first)
         got = 0
@@ -178,7 +178,7 @@ def _chunks(header: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     yield memoryview(header)
     for tensor in tensors:
         if tensor.numel():
-            content = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            content = tensor.view(-1).view(torch.uint8).numpy().data
             for start in range(0, len(content), CHUNK_BYTES):
                 yield content[start : start + CHUNK_BYTES]
 
