@@ -65,6 +65,26 @@ def test_a_checkpoint_loads_at_another_stage_and_world_size(runs, tmp_path, save
     assert_equal(run, source)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine.precision": "bf16"},
+        {"engine.precision": "fp16"},
+        {"engine.offload": "optimizer"},
+        {"optim.kind": "adafactor", "engine.zero_stage": 0},
+        {"engine.compile": True, "engine.attention": "math", "engine.channels_last": True},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_interrupted_equals_uninterrupted_in_every_engine(tmp_path, changes):
+    stage = changes.pop("engine.zero_stage", 1)
+    settings = {"allow_fp16": True, **changes}
+    whole = run_toy(tmp_path / "whole", stage, 2, **settings)
+    run = interrupted(tmp_path / "whole", tmp_path / "again", SAVE_AT)
+    assert run_toy(run, stage, 2, **settings) == whole[SAVE_AT:]
+    assert_equal(run, tmp_path / "whole", exact=True)
+
+
 @pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (3, 2)])
 def test_a_sample_without_a_finite_loss_is_left_out_by_all_ranks(tmp_path, stage, world):
     """The third step has one, on one rank; the run equals one that never had it."""

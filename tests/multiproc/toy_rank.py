@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from tests.tiny import tiny_config
@@ -86,8 +87,10 @@ class ToyObjective:
         return loss_B * torch.where(is_bad_B, torch.nan, 1.0)
 
 
-def train_toy(folder, steps, nan_ids, changes):
+def train_toy(folder, steps, nan_ids, changes, *, allow_fp16=False):
     """Be one rank of a run; `changes` are config keys and their values."""
+    if allow_fp16:  # DeepSpeed refuses it where it is slow, not where it is wrong
+        get_accelerator().is_fp16_supported = lambda: True
     env = read_rank_env()
     torch.set_num_threads(1)
     stop = StopFlag()

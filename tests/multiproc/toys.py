@@ -1,23 +1,27 @@
 """Toy trainings for the tests of the runtime: started, read, cut short."""
 
 import shutil
+from collections import defaultdict
+from functools import partial
 
 import torch
 
 from tests.forked import run_forked
 from tests.multiproc.toy_rank import train_toy
 from trainer.observe.jsonl import read_rows
-from trainer.runtime.checkpoint import Record, load, read_record
+from trainer.runtime.checkpoint import read_record
 from trainer.runtime.rundir import complete, step_folder
+from trainer.runtime.tensors import read_wanted, stored_tensors
 
 STEPS = 4
 
 
-def run_toy(run, stage, world, *, steps=STEPS, nan_ids=(), **changes):
+def run_toy(run, stage, world, *, steps=STEPS, nan_ids=(), allow_fp16=False, **changes):
     """Train to the end; return the losses by step."""
     run.mkdir(exist_ok=True)
     settings = {"checkpoint.every_images": 16, **changes, "engine.zero_stage": stage}
-    codes = run_forked(train_toy, run, steps, list(nan_ids), settings, num_ranks=world, log_dir=run)
+    main = partial(train_toy, allow_fp16=allow_fp16)
+    codes = run_forked(main, run, steps, list(nan_ids), settings, num_ranks=world, log_dir=run)
     assert codes == [0] * world, (run / "rank_0.log").read_text()[-3000:]
     return losses(run)
 
@@ -36,26 +40,19 @@ def interrupted(source, target, step):
     return target
 
 
-def everything(run, step=None):
-    """Read a checkpoint whole, whatever its layout: kind/name -> tensor; and its record."""
-    there = complete(run / "checkpoints")
-    folder = there[-1] if step is None else step_folder(run / "checkpoints", step)
-    record: Record = read_record(folder)
-    tensors = {
-        kind: {
-            f"{which}{name}@0": torch.empty(shape).view(-1)
-            for name, shape in record.shapes.items()
-            for which in prefixes
-        }
-        for kind, prefixes in {
-            "weight": [""],
-            "ema": [f"{average}/" for average in record.averages],
-            "optim": ["exp_avg/", "exp_avg_sq/"],
-        }.items()
-    }
-    load(folder, tensors, record.shapes)
-    flat = {f"{kind}/{name}": t for kind, named in tensors.items() for name, t in named.items()}
-    return flat, record
+def everything(run):
+    """Read the newest checkpoint whole, whatever its layout, as kind/name -> tensor."""
+    folder = complete(run / "checkpoints")[-1]
+    record = read_record(folder)
+    pieces = defaultdict(list)
+    for file in record.files:
+        for key, stored in stored_tensors(folder / file.name).items():
+            name, _, start = key.rpartition("@")
+            piece = torch.empty(stored.shape, dtype=stored.dtype)
+            read_wanted([stored.range(0, piece)])
+            pieces[f"{file.kind}/{name}"].append((int(start), piece))
+    whole = {name: [piece for _, piece in sorted(some)] for name, some in pieces.items()}
+    return {name: torch.cat(some) for name, some in whole.items()}, record
 
 
 def assert_equal(run, other, *, exact=False):

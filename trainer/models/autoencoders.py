@@ -117,11 +117,13 @@ class TrainableAutoencoder(nn.Module):
             noise_BCHW: Standard normal draws in the latents' shape.
 
         Returns:
-            The reconstructions, the latents' means and their log-variances.
+            The reconstructions, the latents' means and their log-variances; fp32.
         """
-        latents = self.inner.encode(pictures_BCHW).latent_dist
-        drawn = latents.mean + latents.std * noise_BCHW
-        return self.inner.decode(drawn).sample, latents.mean, latents.logvar
+        dtype = next(self.inner.parameters()).dtype
+        latents = self.inner.encode(pictures_BCHW.to(dtype)).latent_dist
+        drawn = latents.mean + latents.std * noise_BCHW.to(dtype)
+        decoded = self.inner.decode(drawn).sample
+        return decoded.float(), latents.mean.float(), latents.logvar.float()
 
     def recompute_activations(self) -> None:
         """Trade compute for memory in the backward pass."""

@@ -39,19 +39,20 @@ class Denoiser(nn.Module):
             text_mask_BL: bool, true on real tokens; each caption has at least one.
 
         Returns:
-            ``(B, C, H, W)``.
+            ``(B, C, H, W)`` fp32, whatever the precision of the weights.
         """
         missing = max(0, self._num_tokens - text_BLD.shape[1])
         text_BLD = nn.functional.pad(text_BLD * text_mask_BL[:, :, None], (0, 0, 0, missing))
         text_mask_BL = nn.functional.pad(text_mask_BL, (0, missing))
+        dtype = next(self.inner.parameters()).dtype
         predicted: Tensor = self.inner(
-            latents_BCHW,
-            timestep=time_B,
-            encoder_hidden_states=text_BLD,
+            latents_BCHW.to(dtype),
+            timestep=time_B,  # bf16 would not tell 999 from 1000
+            encoder_hidden_states=text_BLD.to(dtype),
             encoder_attention_mask=text_mask_BL,
             **self._extras(),
         ).sample
-        return predicted
+        return predicted.float()
 
     def recompute_activations(self) -> None:
         """Trade compute for memory in the backward pass."""

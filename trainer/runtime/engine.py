@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from trainer.config import TrainConfig
 from trainer.config_engine import EngineConfig, OptimConfig
+from trainer.errors import BadInput
 from trainer.plan import Plan
 from trainer.runtime.comm import Comm
 from trainer.runtime.fragments import FragmentReader
@@ -63,9 +64,20 @@ class Engine:
     """A network under ZeRO, and its optimizer."""
 
     def __init__(self, model: nn.Module, cfg: TrainConfig, plan: Plan, comm: Comm) -> None:
-        """Wrap `model`; its weights must already be equal on all ranks."""
-        import deepspeed  # noqa: PLC0415 - Comm chooses the accelerator before the first import
+        """Wrap `model`; its weights must already be equal on all ranks.
 
+        Raises:
+            BadInput: The device cannot compute in the precision asked for.
+        """
+        # Comm chooses the accelerator before the first import.
+        import deepspeed  # noqa: PLC0415
+        from deepspeed.accelerator import get_accelerator  # noqa: PLC0415
+
+        if cfg.engine.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise BadInput(
+                f"engine.precision=fp16, and DeepSpeed computes no fp16 on this "
+                f"{cfg.cluster.device}. Try engine.precision=fp32, or bf16."
+            )
         prepare(model, cfg.engine)
         params = [param for param in model.parameters() if param.requires_grad]
         self._engine, *_ = deepspeed.initialize(

@@ -224,7 +224,7 @@ def test_a_run_without_checkpoints_is_refused(tiny_run):
 
 
 def damage(run, step):
-    path = run / f"checkpoints/step_{step:08d}/rank_00000.safetensors"
+    (path,) = (run / f"checkpoints/step_{step:08d}").glob("ema_00000.*.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
 
 

@@ -31,6 +31,7 @@ from trainer.errors import BadInput
 from trainer.frozen import compose, write_yaml
 from trainer.observe.jsonl import JsonLines
 from trainer.replay import ahead, history, run_dataset
+from trainer.runtime.rundir import RECORD
 
 BUCKETS = ("32x32", "32x24", "24x32")
 # (first step, global batch, weights) of each attempt; later ones take steps again, even far back.
@@ -153,8 +154,9 @@ def test_where_says_steps_and_how_far_the_run_is(plain, capsys):
     assert "in the 14 steps so far (metrics.jsonl)" in out
     (plain.run / "checkpoints/step_00000001").mkdir(parents=True)
     (plain.run / "checkpoints/step_00000020").mkdir(parents=True)
+    (plain.run / "checkpoints/step_00000020" / RECORD).touch()
     assert main(["where", f"run={plain.run}", f"key={key}"]) == 0
-    assert "in the 20 steps so far (checkpoints/step_00000020)" in capsys.readouterr().out
+    assert "in the 20 steps so far (step_00000020)" in capsys.readouterr().out
 
 
 def test_steps_of_an_attempt_that_was_given_up_do_not_count(plain, capsys):
