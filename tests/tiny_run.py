@@ -38,16 +38,18 @@ class OneRank:
 
 
 class WholeTensors:
-    """Fragments and averages of a model that one rank holds whole."""
+    """Fragments and averages of a model that one rank holds whole; the live weights are zero."""
 
-    def __init__(self, weights):
+    def __init__(self, weights, **more):
+        """Take the first average, which is called ema, and others by name."""
         self.shapes = {name: list(value.shape) for name, value in weights.items()}
         self.averages = {
-            name: value.detach().float().flatten().clone() for name, value in weights.items()
+            average: [value.detach().float().flatten().clone() for value in values.values()]
+            for average, values in {"ema": weights, **more}.items()
         }
         self._live = {
             name: (torch.zeros_like(flat), {key: torch.zeros_like(flat) for key in MOMENTS})
-            for name, flat in self.averages.items()
+            for name, flat in zip(weights, self.averages["ema"], strict=True)
         }
 
     def __iter__(self):
@@ -64,13 +66,13 @@ class WholeTensors:
         pass
 
     def tensors(self):
-        """The averages; only these are the given weights, the live ones are zero."""
-        return {"ema": list(self.averages.values())}
+        return self.averages
 
 
-def write_checkpoint(root, state, weights, **policy):
+def write_checkpoint(root, state, whole, **policy):
     """Save and wait; returns whether it worked."""
-    whole = WholeTensors(weights)
+    if not isinstance(whole, WholeTensors):
+        whole = WholeTensors(whole)
     saver = Saver(
         root,
         Snapshot(whole, whole),
@@ -78,7 +80,7 @@ def write_checkpoint(root, state, weights, **policy):
         replace(tiny_config().checkpoint, **policy),
         attempt=0,
         shapes=whole.shapes,
-        averages=["ema"],
+        averages=list(whole.averages),
     )
     saver.save(state)
     return saver.finish()

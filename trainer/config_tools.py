@@ -25,6 +25,9 @@ SolverName = Literal[
     "dopri5",
 ]
 
+_POWER = r"power_0\.([01][0-9]*|2([0-7][0-9]*)?)"
+WeightsName = Annotated[str, Field(pattern=rf"^(ema|raw|half_life_[0-9.e+]+|{_POWER})$")]
+
 
 @config
 class ChurnConfig:
@@ -132,6 +135,8 @@ class SampleConfig:
 
     run: str
     """Run directory of a trained denoiser, or the folder that `kiln export` wrote of one."""
+    weights: WeightsName
+    """As in `kiln evaluate`; an exported folder has but one set."""
     prompts: tuple[str, ...]
     """What to draw."""
     prompts_file: str | None
@@ -205,8 +210,9 @@ class EvaluateConfig:
     """Run directory of a trained denoiser."""
     checkpoint: Literal["latest", "all"] | NonNegativeInt
     """latest, all that the run still has, or a step. Several commands at once share the work."""
-    weights: Literal["ema", "raw"]
-    """ema: the weights' moving averages, which draw better; raw: as the optimizer left them."""
+    weights: WeightsName
+    """ema: the first of the moving averages, which draw better; raw: as the optimizer left them;
+    or the name of another average, of power averages any width: power_0.08."""
     again: bool
     """Also evaluate what has an evaluation of the same settings."""
     num_captions: PositiveInt
@@ -260,5 +266,6 @@ class ExportConfig:
     """Run directory, of a denoiser or of an autoencoder."""
     out: str
     """Folder to write; replaced if an export wrote it before."""
-    weights: Literal["ema", "raw"]
-    """ema: the weights' moving averages, which draw better; raw: as the optimizer left them."""
+    weights: WeightsName
+    """ema: the first of the moving averages, which draw better; raw: as the optimizer left them;
+    or the name of another average, of power averages any width: power_0.08."""

@@ -19,8 +19,9 @@ from trainer.gallery import sample_name
 from trainer.labels import Label, is_complete, png_bytes, publish_labelled
 from trainer.observe.countdown import Countdown
 from trainer.pictures import Wanted, Work, batches_of
-from trainer.runtime.checkpoint import WEIGHTS, Weights, kind_of, verify, weights_fingerprint
+from trainer.runtime.checkpoint import read_record, verify
 from trainer.runtime.rundir import checkpoint_root, complete
+from trainer.runtime.weights import kind_of, weights_fingerprint
 from trainer.sampler import Pixels, Sampler
 
 
@@ -56,7 +57,7 @@ def members(sampler: Sampler, run: Path, cfg: UncertaintyConfig) -> list[Member]
     every = [
         _of_weights(sampler, run, folder, which)
         for folder in reversed(complete(checkpoint_root(run)))
-        for which in WEIGHTS
+        for which in (*read_record(folder).averages, "raw")
         if verify(folder, {kind_of(which)}) is None
     ]
     return every[: cfg.count]
@@ -103,8 +104,8 @@ def heat_map(variance_HWC: NDArray[np.float64]) -> tuple[Pixels, float]:
     return (colours * 255).round().astype(np.uint8), brightest
 
 
-def _of_weights(sampler: Sampler, run: Path, folder: Path, which: Weights) -> Member:
-    name = f"{folder.name}/{which} {weights_fingerprint(folder)}"
+def _of_weights(sampler: Sampler, run: Path, folder: Path, which: str) -> Member:
+    name = f"{folder.name}/{which} {weights_fingerprint(run, which, folder)}"
     return Member(name, lambda: sampler.with_weights(run, folder, which), 0)
 
 

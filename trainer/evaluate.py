@@ -29,8 +29,9 @@ from trainer.observe.energy import open_meters
 from trainer.observe.evaluations import FOLDER, merge, result_path
 from trainer.observe.ledger import Ledger
 from trainer.observe.sinks import send_to_wandb
-from trainer.runtime.checkpoint import kind_of, newest_valid, verify
+from trainer.runtime.checkpoint import newest_valid, verify
 from trainer.runtime.rundir import checkpoints_of, complete, step_of
+from trainer.runtime.weights import kind_of
 from trainer.sampler import Sampler, load_sampler
 
 log = logging.getLogger(__name__)

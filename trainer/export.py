@@ -24,7 +24,8 @@ from trainer.models.denoisers import build_denoiser
 from trainer.models.fingerprint import identify
 from trainer.models.loading import load_weights
 from trainer.models.text_encoders import load_text_encoder, quiet_transformers
-from trainer.runtime.checkpoint import TrainState, read_weights
+from trainer.runtime.checkpoint import TrainState
+from trainer.runtime.weights import read_weights
 
 log = logging.getLogger(__name__)
 

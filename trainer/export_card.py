@@ -17,7 +17,7 @@ from trainer.observe.report_numbers import duration, in_joules, score_label, sco
 from trainer.place import place
 from trainer.runtime.checkpoint import TrainState
 
-WEIGHTS = {"ema": "exponential moving average", "raw": "as the optimizer left them"}
+WEIGHTS = {"ema": "moving average", "raw": "as the optimizer left them"}
 _LAST_ROWS = 20
 
 
@@ -46,7 +46,7 @@ def training_facts(
         "training_s": sum(row["seconds"] for row in ledger),
         "training_j": sum(row["joules"] for row in ledger),
         "joules_provenance": sorted({row["provenance"] for row in ledger if row["joules"]}),
-        "weights": WEIGHTS[weights],
+        "weights": WEIGHTS.get(weights, f"moving average {weights}"),
         **{name: sections[name] for name in ("model", "objective", "batch", "optim", "seed")},
     }
     if trained.start_from is not None:
@@ -188,7 +188,8 @@ def _evaluation(run_dir: Path) -> str:
     if not path.exists():
         return ""
     evaluation = json.loads(path.read_text(encoding="utf-8"))
-    whose = "raw" if evaluation.get("weights") == "raw" else "averaged"
+    weights = evaluation.get("weights", "ema")
+    whose = {"ema": "averaged", "raw": "raw"}.get(weights, weights)
     lines = [
         "## Evaluation",
         "",

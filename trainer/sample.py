@@ -73,7 +73,7 @@ def out_dir(cfg: SampleConfig) -> Path:
 def draw_share(cfg: SampleConfig) -> None:
     """Draw what is missing of this part's share; write grid and index if nothing is missing."""
     run_dir, folder, prompts = Path(cfg.run), out_dir(cfg), read_prompts(cfg)
-    sampler = load_sampler(run_dir, device=cfg.device, threads=cfg.threads)
+    sampler = load_sampler(run_dir, device=cfg.device, threads=cfg.threads, weights=cfg.weights)
     work = _work(cfg, sampler)
     _warn_of_cuts(sampler.text, [*prompts, cfg.sampling.negative])
     ensemble = members(sampler, run_dir, cfg.uncertainty) if cfg.uncertainty else []

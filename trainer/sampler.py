@@ -35,8 +35,9 @@ from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
 from trainer.pipeline_folder import is_pipeline_folder, read_pipeline
 from trainer.place import place
-from trainer.runtime.checkpoint import TrainState, Weights, read_weights, weights_fingerprint
+from trainer.runtime.checkpoint import TrainState
 from trainer.runtime.rundir import checkpoint_root, step_folder
+from trainer.runtime.weights import read_weights, weights_fingerprint
 
 Pixels = NDArray[np.uint8]
 Asked = tuple[str, int]
@@ -54,7 +55,7 @@ class Sampler:
     image_side_px: int
     state: TrainState
     """Where the training of the weights stood."""
-    weights: Weights
+    weights: str
     weights_sha256: str
     """Of the checkpoint that they are in."""
     model: nn.Module
@@ -194,7 +195,7 @@ class Sampler:
         fresh = build_denoiser(self.cfg.model, seed=self.cfg.seed)
         return replace(self, model=fresh.to(self.device).eval())
 
-    def with_weights(self, run: Path, checkpoint: Path, which: Weights) -> "Sampler":
+    def with_weights(self, run: Path, checkpoint: Path, which: str) -> "Sampler":
         """Return a sampler with other weights of the same run."""
         assert not isinstance(self.cfg.model, AutoencoderModelConfig)
         weights, state = read_weights(run, which, checkpoint=checkpoint)
@@ -204,7 +205,7 @@ class Sampler:
             self,
             state=state,
             weights=which,
-            weights_sha256=weights_fingerprint(checkpoint),
+            weights_sha256=weights_fingerprint(run, which, checkpoint),
             model=model.to(self.device).eval(),
         )
 
@@ -237,7 +238,7 @@ def load_sampler(
     device: str,
     threads: int,
     checkpoint: Path | None = None,
-    weights: Weights = "ema",
+    weights: str = "ema",
 ) -> Sampler:
     """Load a run's weights and the encoders of its latents, or an exported folder.
 
@@ -246,7 +247,7 @@ def load_sampler(
         device: cpu or cuda.
         threads: Batches at the same time.
         checkpoint: One of the run's; the newest valid one without.
-        weights: Averaged or raw.
+        weights: As in `trainer.runtime.weights`.
 
     Raises:
         BadInput: No such run, no checkpoint, an autoencoder's run, or a dataset whose latents
@@ -278,7 +279,7 @@ def load_sampler(
         image_side_px=cfg.encoders.image_side_px,
         state=state,
         weights=weights,
-        weights_sha256=weights_fingerprint(used),
+        weights_sha256=weights_fingerprint(run, weights, used),
         model=model.to(where).eval(),
         parameterization=build_parameterization(cfg.objective),
         autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(where),

@@ -16,8 +16,8 @@ from tests.e2e.conftest import SMALL_NETWORK, kiln
 from trainer.data.manifest import load_manifest
 from trainer.observe.accounts import close_check
 from trainer.observe.jsonl import read_rows
-from trainer.runtime.checkpoint import read_weights
 from trainer.runtime.rundir import complete
+from trainer.runtime.weights import read_weights
 
 pytestmark = pytest.mark.e2e
 

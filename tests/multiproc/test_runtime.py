@@ -7,10 +7,11 @@ import pytest
 
 from tests.multiproc.toys import STEPS, assert_equal, everything, interrupted, run_toy
 from trainer.errors import BadInput, BadWorld
-from trainer.runtime.checkpoint import newest_valid, read_record, read_weights, verify
+from trainer.runtime.checkpoint import newest_valid, read_record, verify
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.local import run_ranks
 from trainer.runtime.rundir import RECORD, complete
+from trainer.runtime.weights import read_weights
 
 pytestmark = pytest.mark.multiproc
 SAVE_AT = 2

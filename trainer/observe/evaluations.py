@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "evaluations"
 METRICS = "metrics.jsonl"
-_PREFIXES = {"ema": "eval", "raw": "eval_raw"}
-_STARTS = tuple(f"{prefix}/" for prefix in _PREFIXES.values())
+_IS_SCORE = re.compile(r"eval(_[\w.+]+)?/")
 # An evaluation holds metrics.jsonl for milliseconds, training for as long as it lasts.
 _HOLD_TRIES, _HOLD_PAUSE_S = 11, 0.1
 
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 def result_path(run: Path, step: int, weights: str) -> Path:
-    """Where the evaluation of a checkpoint lies; weights are ema or raw."""
+    """Where the evaluation of a checkpoint lies; weights as in `trainer.runtime.weights`."""
     suffix = "" if weights == "ema" else f"_{weights}"
     return run / FOLDER / f"step_{step:08d}{suffix}.json"
 
@@ -31,10 +31,11 @@ def result_path(run: Path, step: int, weights: str) -> Path:
 def metrics_row(evaluation: Row) -> dict[str, Any]:
     """Return the row of an evaluation: `eval/SCORE`, with `_low` and `_high` where it has them.
 
-    Of raw weights they are `eval_raw/SCORE`. A score is a number, or has a `value`.
+    Of raw weights they are `eval_raw/SCORE`, and so on. A score is a number, or has a `value`.
     """
     row = {"step": evaluation["step"], "images_seen": evaluation["images_seen"]}
-    prefix = _PREFIXES[evaluation.get("weights", "ema")]
+    weights = evaluation.get("weights", "ema")
+    prefix = "eval" if weights == "ema" else f"eval_{weights}"
     for name, score in evaluation["scores"].items():
         told = score if isinstance(score, Mapping) else {"value": score}
         for suffix in ("value", "low", "high"):
@@ -45,7 +46,7 @@ def metrics_row(evaluation: Row) -> dict[str, Any]:
 
 def is_evaluation(row: Row) -> bool:
     """Whether a row of metrics.jsonl is of an evaluation, not of a training step."""
-    return any(key.startswith(_STARTS) for key in row)
+    return any(_IS_SCORE.match(key) for key in row)
 
 
 def training_rows(rows: Iterable[Row]) -> list[Row]:

@@ -5,7 +5,6 @@ optimizer's moments, each tensor a flat range `NAME@START` of a parameter. `chec
 them with their hashes; it is written last, and a folder without it does not count.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,14 +18,12 @@ from torch import Tensor
 
 from trainer.errors import BadInput
 from trainer.place import NUM_REQUESTS, is_local, read_bytes, sizes_bytes
-from trainer.runtime.rundir import RECORD, checkpoint_root, complete
+from trainer.runtime.rundir import RECORD, complete
 from trainer.runtime.tensors import Stored, read_wanted, sha256_of, stored_tensors
 
 log = logging.getLogger(__name__)
 
-Weights = Literal["ema", "raw"]
 Kind = Literal["weight", "ema", "optim"]
-WEIGHTS: tuple[Weights, ...] = ("ema", "raw")
 KINDS: tuple[Kind, ...] = ("weight", "ema", "optim")
 Tensors = Mapping[Kind, Mapping[str, Tensor]]
 """Kind -> `NAME@START` -> flat range; of averages and moments with `WHICH/` before it."""
@@ -83,11 +80,6 @@ class Record:
     def of(self, kinds: Collection[Kind]) -> list[File]:
         """Return the files of some kinds."""
         return [file for file in self.files if file.kind in kinds]
-
-
-def kind_of(which: Weights) -> Kind:
-    """Which files the weights to sample from lie in."""
-    return "ema" if which == "ema" else "weight"
 
 
 def newest_valid(root: Path, kinds: Collection[Kind] = KINDS) -> Path | None:
@@ -172,12 +164,6 @@ def read_state(folder: Path) -> TrainState:
     return read_record(folder).state
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """Hash the hashes of a checkpoint's averages: one name for all that is sampled from."""
-    lines = [f"{file.rank} {file.sha256}\n" for file in read_record(folder).of({"ema"})]
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
-
-
 def load(folder: Path, tensors: Tensors, shapes: Mapping[str, Sequence[int]]) -> Record:
     """Fill one rank's tensors from a checkpoint of any world size and ZeRO stage.
 
@@ -200,42 +186,6 @@ def load(folder: Path, tensors: Tensors, shapes: Mapping[str, Sequence[int]]) ->
             for want in pieces.find(kind, *_split(key), target)
         )
     return record
-
-
-def read_weights(
-    run: Path, which: Weights, *, checkpoint: Path | None = None, average: str | None = None
-) -> tuple[dict[str, Tensor], TrainState]:
-    """Put the weights of a run's newest valid checkpoint together; reads nothing else.
-
-    Args:
-        run: Run directory.
-        which: Their exponential moving averages, or the weights as the optimizer left them.
-        checkpoint: Another checkpoint than the newest.
-        average: Which of the averages; None is the first.
-
-    Returns:
-        Every parameter by name, fp32 on CPU in its full shape, and where training stood.
-
-    Raises:
-        BadInput: The run has no valid checkpoint, or that one has no such average.
-    """
-    kind = kind_of(which)
-    folder = checkpoint or newest_valid(checkpoint_root(run), {kind})
-    if folder is None:
-        raise BadInput(
-            f"{run} has no complete checkpoint; train it first: kiln train run={run} ..."
-        )
-    record = read_record(folder)
-    name = average or record.averages[0]
-    if name not in record.averages:
-        raise BadInput(
-            f"{folder} has no average {name!r}, but {', '.join(record.averages)}. Give one of them."
-        )
-    weights = {key: torch.empty(shape) for key, shape in record.shapes.items()}
-    prefix = f"{name}/" if kind == "ema" else ""
-    whole = {f"{prefix}{key}@0": weight.view(-1) for key, weight in weights.items()}
-    load(folder, {kind: whole}, record.shapes)
-    return weights, record.state
 
 
 class _Pieces:

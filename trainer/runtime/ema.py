@@ -9,6 +9,7 @@ from torch import Tensor
 from trainer.config_engine import EmaConfig
 from trainer.runtime.fragments import FragmentReader
 
+POWER = "power_"
 Decay = Callable[[float, float], float]
 """(images of a step, images seen with it) -> the average's share of itself."""
 
@@ -46,7 +47,7 @@ def decays(cfg: EmaConfig) -> dict[str, Decay]:
         f"half_life_{images:g}": half_life(images, cfg.warmup_ratio)
         for images in cfg.half_life_images
     }
-    return half_lives | {f"power_{width:g}": power(width) for width in cfg.power_sigma_rel}
+    return half_lives | {f"{POWER}{width:g}": power(width) for width in cfg.power_sigma_rel}
 
 
 def half_life(images: float, warmup_ratio: float) -> Decay:

@@ -13,7 +13,7 @@ from trainer.config import AutoencoderConfig, TrainConfig
 from trainer.errors import BadInput
 from trainer.frozen import compose, freeze, read_yaml, thaw
 from trainer.models.autoencoders import build_autoencoder, load_autoencoder
-from trainer.runtime.checkpoint import read_weights
+from trainer.runtime.weights import read_weights
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])

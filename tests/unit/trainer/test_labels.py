@@ -19,8 +19,8 @@ from trainer.labels import (
     publish_labelled,
     xmp_packet,
 )
-from trainer.runtime.checkpoint import weights_fingerprint
 from trainer.runtime.rundir import complete
+from trainer.runtime.weights import weights_fingerprint
 
 HARD = "a <b>\"ring\"</b> & 'cross' ]]> größer 猫 \U0001f600\x00\x1b"
 PIXELS = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
@@ -59,7 +59,7 @@ def test_a_png_says_what_its_sidecar_says(tmp_path, label):
 
 def test_a_label_names_model_data_and_settings(tiny_run, label):
     (checkpoint,) = complete(tiny_run / "checkpoints")
-    assert label["weights_sha256"] == weights_fingerprint(checkpoint)
+    assert label["weights_sha256"] == weights_fingerprint(tiny_run, "ema", checkpoint)
     assert (label["step"], label["images_seen"]) == (8, 64)
     assert len(label["dataset_fingerprint"]) >= 16
     assert (label["solver"], label["steps"], label["guidance"]) == ("ddim", 2, 4.0)
