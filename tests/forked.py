@@ -14,7 +14,7 @@ CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 def run_forked(main, *args, num_ranks, log_dir):
-    """Run `main(*args)` once per rank and wait; returns the exit codes, in the ranks' order."""
+    """Run `main(*args)` once per rank and wait; returns what they returned, 0 for None."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -42,8 +42,7 @@ def _rank(main, args, env, log):
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     try:
-        main(*args)
-        code = 0
+        code = main(*args) or 0
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -196,6 +196,8 @@ class Bookkeeper:
 
     def roll_back(self, progress: Progress, fault: str, mine: Mine) -> None:
         """Bring everything back to the last good state, without the samples that led away."""
+        with self.span("checkpoint_stall"):
+            self._saver.finish()  # so that it is there, should this be the end
         with self.span("restore"):
             state = self._rollback(
                 step=progress.step,

@@ -1,16 +1,26 @@
 """A real DeepSpeed engine on gloo: the same numbers at every world size and ZeRO stage."""
 
 import shutil
+import signal
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
-from tests.multiproc.toys import STEPS, assert_equal, everything, interrupted, run_toy
+from tests.multiproc.toy_rank import REPLACED, network
+from tests.multiproc.toys import STEPS, assert_equal, everything, interrupted, log, run_toy
+from tests.tiny import tiny_config
 from trainer.errors import BadInput, BadWorld
+from trainer.observe.accounts import close_check, totals
+from trainer.observe.jsonl import read_rows
+from trainer.observe.ledger import Bucket
 from trainer.runtime.checkpoint import newest_valid, read_record, verify
 from trainer.runtime.compiled import build_cpu_op
+from trainer.runtime.ema import decays
 from trainer.runtime.local import run_ranks
-from trainer.runtime.rundir import RECORD, complete
+from trainer.runtime.rundir import RECORD, complete, step_of
+from trainer.runtime.signals import EXIT_REQUEUE
 from trainer.runtime.weights import read_weights
 
 pytestmark = pytest.mark.multiproc
@@ -79,24 +89,103 @@ def test_a_checkpoint_loads_at_another_stage_and_world_size(runs, tmp_path, save
 )
 def test_interrupted_equals_uninterrupted_in_every_engine(tmp_path, changes):
     stage = changes.pop("engine.zero_stage", 1)
-    settings = {"allow_fp16": True, **changes}
-    whole = run_toy(tmp_path / "whole", stage, 2, **settings)
+    whole = run_toy(tmp_path / "whole", stage, 2, **changes)
     run = interrupted(tmp_path / "whole", tmp_path / "again", SAVE_AT)
-    assert run_toy(run, stage, 2, **settings) == whole[SAVE_AT:]
+    assert run_toy(run, stage, 2, **changes) == whole[SAVE_AT:]
     assert_equal(run, tmp_path / "whole", exact=True)
 
 
-@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (3, 2)])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
+def test_a_signal_to_one_rank_saves_and_stops_all(runs, tmp_path, name):
+    whole, losses = runs[1, 2]
+    run = tmp_path / "run"
+    told = (8 + 3, signal.Signals[name])  # of the second step
+    assert run_toy(run, 1, 2, told=told, code=EXIT_REQUEUE, **EMA) == losses[:2]
+    assert step_of(newest_valid(run / "checkpoints")) == 2
+    assert run_toy(run, 1, 2, **EMA) == losses
+    assert_equal(run, whole, exact=True)
+
+
+def test_a_continue_signal_alone_stops_nobody(tmp_path):
+    assert len(run_toy(tmp_path / "run", 1, 2, told=(11, signal.SIGCONT))) == STEPS
+
+
+def test_averages_of_fragments_are_those_of_whole_weights_bit_for_bit(tmp_path):
+    settings = {**EMA, "checkpoint.every_images": 8, "checkpoint.keep_last": 9}
+    run = tmp_path / "run"
+    run_toy(run, 1, 2, **settings)
+    cfg = replace(tiny_config().ema, half_life_images=(16,), warmup_ratio=1.0)
+    cfg = replace(cfg, power_sigma_rel=(0.05, 0.1))
+    live = dict(network().named_parameters())
+    whole = {average: {n: p.detach().clone() for n, p in live.items()} for average in decays(cfg)}
+    for folder in complete(run / "checkpoints"):
+        images = 8 * step_of(folder)
+        raw = read_weights(run, "raw", checkpoint=folder)[0]
+        for average, decay in decays(cfg).items():
+            for name, tensor in whole[average].items():
+                tensor.lerp_(raw[name], 1.0 - decay(8, images))
+            kept = read_weights(run, average, checkpoint=folder)[0]
+            assert all(torch.equal(kept[name], tensor) for name, tensor in whole[average].items())
+
+
+def test_bf16_weights_do_not_freeze_the_averages(tmp_path):
+    """A step too small for bf16 moves the fp32 weights, and the averages with them."""
+    run = tmp_path / "run"
+    settings = {"engine.precision": "bf16", "optim.learning_rate": 1e-6, "optim.weight_decay": 0.0}
+    run_toy(run, 1, 2, **settings, **EMA)
+    raw, averaged = (read_weights(run, which)[0] for which in ("raw", "ema"))
+    for name, first in network().named_parameters():
+        if name.endswith("weight"):
+            assert torch.equal(raw[name].bfloat16(), first.bfloat16())
+            assert (raw[name] != first).any()
+            assert (averaged[name] != first).any()
+            assert (averaged[name] != raw[name]).any()
+
+
+BAD = 3 * 8 + 5  # a sample of the fourth step, behind the checkpoint of the second
+
+
+@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (3, 2), (1, 1)])
 def test_a_sample_without_a_finite_loss_is_left_out_by_all_ranks(tmp_path, stage, world):
-    """The third step has one, on one rank; the run equals one that never had it."""
-    bad = 2 * 8 + 5
-    healed = run_toy(tmp_path / "healed", stage, world, nan_ids=[bad])
-    without = tmp_path / "without"
+    """One rank meets it; the run equals one that never had it."""
+    faults = {"faults": {"nan_ids": [BAD]}}
+    healed, without = tmp_path / "healed", tmp_path / "without"
+    losses = run_toy(healed, stage, world, **faults)
+    (row,) = read_rows(healed / "rollbacks.jsonl")
+    assert (row["step"], row["back_to_step"], row["excluded_ids"]) == (4, 2, [BAD])
     without.mkdir()
-    shutil.copy(tmp_path / "healed" / "rollbacks.jsonl", without)
-    assert run_toy(without, stage, world, nan_ids=[bad]) == healed
-    assert len(healed) == STEPS
-    assert_equal(tmp_path / "healed", without, exact=True)
+    shutil.copy(healed / "rollbacks.jsonl", without)
+    assert run_toy(without, stage, world, **faults) == losses
+    assert len(losses) == STEPS
+    assert len(read_rows(without / "rollbacks.jsonl")) == 1
+    assert_equal(healed, without, exact=True)
+
+
+def test_a_leap_of_the_loss_leaves_its_whole_step_out(tmp_path):
+    settings = {"rollback.spike_sigmas": 20.0, "rollback.window_steps": 16}
+    bad = 17 * 8 + 2
+    run = tmp_path / "run"
+    losses = run_toy(run, 1, 2, steps=20, faults={"wild_ids": [bad]}, **settings)
+    (row,) = read_rows(run / "rollbacks.jsonl")
+    assert "leapt to" in row["fault"]
+    assert row["excluded_ids"] == list(range(17 * 8, 18 * 8))
+    assert len(losses) == 20
+    assert max(losses) < 100
+    ledger = read_rows(run / "ledger.jsonl")
+    assert all(closure.holds() for closure in close_check(ledger))
+    assert totals(ledger)["train", Bucket.LOST_WORK].seconds > 0
+
+
+def test_a_run_that_cannot_be_healed_ends_and_says_so(tmp_path):
+    run = tmp_path / "run"
+    everything_bad = range(16, 24)
+    replaced = [n + REPLACED * k for n in everything_bad for k in (0, 1)]
+    run_toy(run, 1, 2, faults={"nan_ids": replaced}, code=1, **{"rollback.max_tries": 2})
+    for rank in (0, 1):
+        said = log(run, rank)
+        assert "the loss is nan at step 3. It was rolled back 2 times" in said
+        assert "rollback.max_tries" in said
+    assert step_of(newest_valid(run / "checkpoints")) == 2
 
 
 def test_a_damaged_checkpoint_is_passed_over(runs, tmp_path, caplog):

@@ -4,6 +4,7 @@ on a network of odd sizes and a stream of made-up samples.
 Resumes what lies in the run.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from trainer.runtime.env import read_rank_env
 from trainer.runtime.guard import Guard
 from trainer.runtime.rollback import excluded_ids
 from trainer.runtime.rundir import checkpoints_of
-from trainer.runtime.signals import StopFlag
+from trainer.runtime.signals import EXIT_REQUEUE, StopFlag
 
 GLOBAL = 8
 REPLACED = 1_000_000
@@ -74,21 +75,38 @@ class ToyFeed:
 
 
 class ToyObjective:
-    """Learn the sum of five numbers; some samples have no finite loss."""
+    """Learn the sum of five numbers; some samples have no finite loss, or one that is far off."""
 
-    def __init__(self, nan_ids):
-        self._nan_ids = torch.tensor(nan_ids, dtype=torch.int64)
+    def __init__(self, *, nan_ids=(), wild_ids=(), told=None):
+        self._nan_ids, self._wild_ids = (
+            torch.tensor(list(ids), dtype=torch.int64) for ids in (nan_ids, wild_ids)
+        )
+        self._told = told
 
     def __call__(self, model, batch):
+        if self._told and self._told[0] in batch.ids_B.tolist():
+            os.kill(os.getpid(), self._told[1])
         x = batch.pictures_BCHW
         dtype = next(model.parameters()).dtype
-        loss_B = (model(x.to(dtype))[:, 0].float() - x.sum(1)).square()
-        is_bad_B = torch.isin(batch.ids_B, self._nan_ids)
-        return loss_B * torch.where(is_bad_B, torch.nan, 1.0)
+        target_B = x.sum(1) + 1000 * torch.isin(batch.ids_B, self._wild_ids)
+        loss_B = (model(x.to(dtype))[:, 0].float() - target_B).square()
+        return loss_B * torch.where(torch.isin(batch.ids_B, self._nan_ids), torch.nan, 1.0)
 
 
-def train_toy(folder, steps, nan_ids, changes, *, allow_fp16=False):
-    """Be one rank of a run; `changes` are config keys and their values."""
+def train_toy(folder, steps, changes, *, told=None, allow_fp16=False, **faults):
+    """Be one rank of a run.
+
+    Args:
+        folder: Of the run.
+        steps: To train in all.
+        changes: Config keys and their values.
+        told: A sample and a signal: the rank that meets the sample gets the signal.
+        allow_fp16: See below.
+        faults: Of `ToyObjective`.
+
+    Returns:
+        0 when all steps are done, 85 when the run should be started again.
+    """
     if allow_fp16:  # DeepSpeed refuses it where it is slow, not where it is wrong
         get_accelerator().is_fp16_supported = lambda: True
     env = read_rank_env()
@@ -119,13 +137,14 @@ def train_toy(folder, steps, nan_ids, changes, *, allow_fp16=False):
             engine=engine,
             ema=Ema(engine.fragments, decays(cfg.ema)),
             guard=Guard(cfg.rollback, recent),
-            objective=ToyObjective(nan_ids),
+            objective=ToyObjective(told=told, **faults),
             feed=ToyFeed(env.rank, env.world, cfg.batch.micro_batch_images, excluded_ids(run)),
             shapes=shapes,
             fingerprints=("dataset", "encoding"),
         )
         progress = restore(built, checkpoint)
         books.begin(built, progress)
-        train(built.parts(), progress, stop, books)
+        finished = train(built.parts(), progress, stop, books)
         books.finish(progress)
     comm.close()
+    return 0 if finished else EXIT_REQUEUE

@@ -16,14 +16,20 @@ from trainer.runtime.tensors import read_wanted, stored_tensors
 STEPS = 4
 
 
-def run_toy(run, stage, world, *, steps=STEPS, nan_ids=(), allow_fp16=False, **changes):
-    """Train to the end; return the losses by step."""
+def run_toy(run, stage, world, *, steps=STEPS, code=0, told=None, faults=(), **changes):
+    """Train, expect an exit code of all ranks, and return the losses by step."""
+    allow_fp16 = changes.get("engine.precision") == "fp16"
     run.mkdir(exist_ok=True)
     settings = {"checkpoint.every_images": 16, **changes, "engine.zero_stage": stage}
-    main = partial(train_toy, allow_fp16=allow_fp16)
-    codes = run_forked(main, run, steps, list(nan_ids), settings, num_ranks=world, log_dir=run)
-    assert codes == [0] * world, (run / "rank_0.log").read_text()[-3000:]
+    main = partial(train_toy, told=told, allow_fp16=allow_fp16, **dict(faults))
+    codes = run_forked(main, run, steps, settings, num_ranks=world, log_dir=run)
+    assert codes == [code] * world, log(run)
     return losses(run)
+
+
+def log(run, rank=0):
+    """Read what a rank said."""
+    return (run / f"rank_{rank}.log").read_text()[-3000:]
 
 
 def losses(run):
