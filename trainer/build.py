@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from trainer.begin import begin_with
 from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
 from trainer.config_diffusion import (
     DenoisingConfig,
@@ -24,6 +25,7 @@ from trainer.config_engine import OptimConfig
 from trainer.data.manifest import encoding_folder
 from trainer.data.null_text import read_null_text
 from trainer.data.opening import Dataset
+from trainer.data.publish import publish_json
 from trainer.datasets import find_datasets
 from trainer.diffusion.objective import Weight, denoising_loss, score_matching_loss
 from trainer.diffusion.parameterization import Parameterization
@@ -41,13 +43,12 @@ from trainer.feed import Feed, open_feed
 from trainer.loop import Objective, Parts, Progress
 from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
-from trainer.models.start import load_start
 from trainer.objectives import LatentObjective, Loss, ReconstructionObjective
 from trainer.plan import Plan
 from trainer.runtime.checkpoint import TrainState, load, read_state, verify
 from trainer.runtime.comm import Comm
 from trainer.runtime.ema import Ema, decays
-from trainer.runtime.engine import Engine
+from trainer.runtime.engine import Engine, deepspeed_config
 from trainer.runtime.guard import Guard
 from trainer.runtime.rundir import complete, step_folder, step_of
 from trainer.runtime.snapshot import live_tensors
@@ -105,6 +106,8 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
         objective, encoding = _second_stage(cfg, datasets[0], comm)
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     engine = Engine(model.to(comm.device), cfg, plan, comm)
+    if comm.rank == 0:
+        publish_json(Path(cfg.run) / "deepspeed.json", deepspeed_config(cfg, plan))
     return Built(
         cfg=cfg,
         plan=plan,
@@ -164,7 +167,7 @@ def build_model(cfg: TrainConfig, *, is_fresh: bool = True) -> nn.Module:
     else:
         model = denoiser = build_denoiser(cfg.model, seed=cfg.seed)
         if is_fresh and cfg.start_from is not None:
-            load_start(denoiser, cfg.start_from, cfg.model)
+            begin_with(denoiser, cfg)
     if cfg.engine.activation_checkpointing:
         model.recompute_activations()  # type: ignore[operator]
     return model

@@ -243,8 +243,8 @@ class TrainConfig:
     model: ModelConfig
     objective: ObjectiveConfig
     start_from: str | None = None
-    """A diffusers folder (or its unet or transformer folder) with the first weights of a fresh
-    run's denoiser; null draws them from the seed. A resumed run has its own."""
+    """A diffusers folder (or its unet or transformer folder), or another run, whose averages are
+    taken: the first weights of a fresh run's denoiser; null draws them from the seed."""
     batch: BatchConfig
     optim: OptimConfig
     ema: EmaConfig

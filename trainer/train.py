@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from trainer.command import run_command
-from trainer.config import AutoencoderModelConfig, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data.publish import publish_json
 from trainer.datasets import dataset_places, find_datasets
 from trainer.errors import BadInput
@@ -18,7 +18,7 @@ from trainer.place import storage
 from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
-from trainer.runtime.local import run_ranks
+from trainer.runtime.local import CPU_ENV, run_ranks
 from trainer.runtime.rundir import (
     attempt_dir,
     checkpoints_of,
@@ -52,8 +52,10 @@ def run(cfg: TrainConfig) -> int:
             newest = newest_valid(checkpoints_of(cfg))
             state = read_state(newest) if newest else None
             check_feed(cfg, datasets, state.stream if state else None, files=state is None)
-            if state is None:
-                _check_start(cfg)
+            if state is None and cfg.start_from is not None:
+                from trainer.begin import check_begin  # noqa: PLC0415 - loads diffusers
+
+                check_begin(cfg)
             for line in changes:
                 log.warning("changed since the run began: %s", line)
             freeze_config(folder, cfg)
@@ -64,14 +66,6 @@ def run(cfg: TrainConfig) -> int:
                 return 0
             plan = make_plan(cfg, step=state.step, images_seen=state.images_seen)
             return _start(folder, cfg, plan)
-
-
-def _check_start(cfg: TrainConfig) -> None:
-    """Say before any rank starts, and before the run is frozen, that weights do not fit."""
-    if cfg.start_from is not None and not isinstance(cfg.model, AutoencoderModelConfig):
-        from trainer.models.start import check_start  # noqa: PLC0415 - loads diffusers
-
-        check_start(cfg.start_from, cfg.model)
 
 
 def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:
@@ -90,6 +84,7 @@ def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:
         env={
             "KILN_ATTEMPT": str(attempt),
             "OMP_NUM_THREADS": str(cfg.engine.threads_per_rank),
+            **(CPU_ENV if cfg.cluster.device == "cpu" else {}),
         },
     )
     if code == EXIT_REQUEUE:

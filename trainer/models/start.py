@@ -97,15 +97,25 @@ def check_start(path: str, cfg: UNetConfig | TransformerConfig) -> Path:
         BadInput: They differ; the message names each key, and the words that would fit.
     """
     folder = find_denoiser(path)
-    section = model_section(folder)
-    differences = list(_differences(thaw(cfg), thaw(section), folder))
+    check_section(path, cfg, model_section(folder))
+    return folder
+
+
+def check_section(
+    path: str, cfg: UNetConfig | TransformerConfig, section: UNetConfig | TransformerConfig
+) -> None:
+    """Compare a model section with that of the weights at `path`.
+
+    Raises:
+        BadInput: They differ, as in `check_start`.
+    """
+    differences = list(_differences(thaw(cfg), thaw(section)))
     if differences:
         raise BadInput(
             f"start_from={path} is another network than the model section:\n  "
             + "\n  ".join(differences)
             + f"\nTo train that network, give: {model_words(section)}"
         )
-    return folder
 
 
 def load_start(denoiser: Denoiser, path: str, cfg: UNetConfig | TransformerConfig) -> None:
@@ -118,9 +128,9 @@ def load_start(denoiser: Denoiser, path: str, cfg: UNetConfig | TransformerConfi
     denoiser.inner.load_state_dict(net.state_dict())
 
 
-def _differences(have: Mapping[str, Any], need: Mapping[str, Any], folder: Path) -> Iterator[str]:
+def _differences(have: Mapping[str, Any], need: Mapping[str, Any]) -> Iterator[str]:
     if have["kind"] != need["kind"]:
-        yield f"model.kind={have['kind']}, but {folder} has {need['kind']}"
+        yield f"model.kind={have['kind']}, but there it is {need['kind']}"
         return
     skipped = {"num_parameters"}
     if have["kind"] == "unet":
@@ -129,7 +139,7 @@ def _differences(have: Mapping[str, Any], need: Mapping[str, Any], folder: Path)
         skipped.add("pooled_tokens")
     for key in have:
         if key not in skipped and have[key] != need[key]:
-            yield (f"model.{key}={json.dumps(have[key])}, but {folder} has {json.dumps(need[key])}")
+            yield f"model.{key}={json.dumps(have[key])}, but there it is {json.dumps(need[key])}"
 
 
 def _unet_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -153,13 +153,12 @@ class Saver:
             return _OK
         if isinstance(error, Superseded):
             return _SUPERSEDED
-        told = explain(self._root, cast(Exception, error))
-        if told is None and not isinstance(error, OSError):
+        if not _is_storage(self._root, error):
             raise error
         log.warning(
             "rank %d could not save a checkpoint: %s. Training goes on; older ones stand.",
             self._comm.rank,
-            told or error,
+            explain(self._root, cast(Exception, error)) or error,
         )
         return _FAILED
 
@@ -198,13 +197,16 @@ class Saver:
             files,
         )
         publish_json(folder / RECORD, record_json(record))
-        if is_local(self._root):
-            sync_folder(self._root)
-        publish_bytes(self._root / LATEST, folder.name.encode())
+        # It is published: what goes wrong from here on takes nothing of it back.
         try:
+            if is_local(self._root):
+                sync_folder(self._root)
+            publish_bytes(self._root / LATEST, folder.name.encode())
             self._retire(folder)
-        except OSError as error:
-            log.warning("old checkpoints of %s could not be removed: %s", self._root, error)
+        except Exception as error:
+            if not _is_storage(self._root, error):
+                raise
+            log.warning("%s: old checkpoints could not be removed: %s", self._root, error)
         return files
 
     def _retire(self, newest: Path) -> None:
@@ -220,6 +222,10 @@ class Saver:
             elif fate == "gone":
                 remove(there[images] / RECORD)
                 _remove_strays(there[images])
+
+
+def _is_storage(root: Path, error: BaseException) -> bool:
+    return isinstance(error, OSError) or explain(root, cast(Exception, error)) is not None
 
 
 def _unpack(facts: bytes, number: int) -> tuple[int, str]:
