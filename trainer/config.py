@@ -281,6 +281,11 @@ class TrainConfig:
                 "trained on latents. Index the tars (`kiln index`), encode the dataset (`kiln "
                 "encode`), and give it with data.reader=kiln."
             )
+        if self.optim.kind == "adafactor" and self.engine.zero_stage != 0:
+            raise ValueError(
+                f"optim.kind=adafactor with engine.zero_stage={self.engine.zero_stage}: it keeps "
+                "rows and columns of whole tensors, and shards have none. Try engine.zero_stage=0."
+            )
         if self.cluster.kind == "local" and self.cluster.num_nodes != 1:
             raise ValueError(
                 f"cluster.num_nodes={self.cluster.num_nodes} needs cluster.kind=slurm; "

@@ -30,7 +30,7 @@ from trainer.observe.evaluations import FOLDER, merge, result_path
 from trainer.observe.ledger import Ledger
 from trainer.observe.sinks import send_to_wandb
 from trainer.runtime.checkpoint import newest_valid, verify
-from trainer.runtime.rundir import checkpoints_of, complete, step_of
+from trainer.runtime.rundir import checkpoint_root, complete, step_of
 from trainer.runtime.weights import kind_of
 from trainer.sampler import Sampler, load_sampler
 
@@ -90,7 +90,8 @@ def chosen(cfg: EvaluateConfig) -> list[Path]:
     Raises:
         BadInput: There is none, or not that one.
     """
-    root = checkpoints_of(read_yaml(TrainConfig, Path(cfg.run) / "config.yaml"))
+    read_yaml(TrainConfig, Path(cfg.run) / "config.yaml")
+    root = checkpoint_root(Path(cfg.run))
     there = {step_of(folder): folder for folder in complete(root)}
     if not there:
         raise BadInput(

@@ -199,14 +199,14 @@ def test_a_diverging_run_stops_and_its_checkpoint_stands(encoded, tmp_path):
     run = tmp_path / "run"
     hot = {"optim.learning_rate": 1e30, "optim.warmup_images": 0, "total_images": 400}
     said = kiln("train", *words(encoded, run, **hot), code=1)
-    assert "the loss is" in said
+    assert "rolled back 3 times (rollback.max_tries)" in said
     assert "optim.learning_rate" in said
 
 
 def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stands(encoded, tiny_disk):
     run = tiny_disk / "run"
     said = kiln("train", *words(encoded, run, **{"checkpoint.every_images": 8}), code=1)
-    assert "could not save" in said or "disk is full" in said
+    assert "could not" in said or "disk is full" in said
     assert "same command" in said
     assert complete(run / "checkpoints")
     assert read_weights(run, "ema")

@@ -89,10 +89,17 @@ def test_a_checkpoint_loads_at_another_stage_and_world_size(runs, tmp_path, save
 )
 def test_interrupted_equals_uninterrupted_in_every_engine(tmp_path, changes):
     stage = changes.pop("engine.zero_stage", 1)
+    changes = {"faults": {"allow_fp16": True}, **changes}
     whole = run_toy(tmp_path / "whole", stage, 2, **changes)
     run = interrupted(tmp_path / "whole", tmp_path / "again", SAVE_AT)
     assert run_toy(run, stage, 2, **changes) == whole[SAVE_AT:]
     assert_equal(run, tmp_path / "whole", exact=True)
+
+
+def test_a_precision_that_the_device_has_not_is_refused(tmp_path):
+    settings = {"engine.precision": "fp16"}
+    run_toy(tmp_path / "run", 1, 1, code=1, **settings)
+    assert "computes no fp16 on this cpu. Try engine.precision=fp32" in log(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
@@ -100,14 +107,15 @@ def test_a_signal_to_one_rank_saves_and_stops_all(runs, tmp_path, name):
     whole, losses = runs[1, 2]
     run = tmp_path / "run"
     told = (8 + 3, signal.Signals[name])  # of the second step
-    assert run_toy(run, 1, 2, told=told, code=EXIT_REQUEUE, **EMA) == losses[:2]
+    assert run_toy(run, 1, 2, faults={"told": told}, code=EXIT_REQUEUE, **EMA) == losses[:2]
     assert step_of(newest_valid(run / "checkpoints")) == 2
     assert run_toy(run, 1, 2, **EMA) == losses
     assert_equal(run, whole, exact=True)
 
 
 def test_a_continue_signal_alone_stops_nobody(tmp_path):
-    assert len(run_toy(tmp_path / "run", 1, 2, told=(11, signal.SIGCONT))) == STEPS
+    told = {"told": (11, signal.SIGCONT)}
+    assert len(run_toy(tmp_path / "run", 1, 2, faults=told)) == STEPS
 
 
 def test_averages_of_fragments_are_those_of_whole_weights_bit_for_bit(tmp_path):

@@ -16,12 +16,13 @@ from trainer.runtime.tensors import read_wanted, stored_tensors
 STEPS = 4
 
 
-def run_toy(run, stage, world, *, steps=STEPS, code=0, told=None, faults=(), **changes):
+def run_toy(
+    run, stage, world, *, steps=STEPS, code=0, told=None, allow_fp16=False, faults=(), **changes
+):
     """Train, expect an exit code of all ranks, and return the losses by step."""
-    allow_fp16 = changes.get("engine.precision") == "fp16"
     run.mkdir(exist_ok=True)
     settings = {"checkpoint.every_images": 16, **changes, "engine.zero_stage": stage}
-    main = partial(train_toy, told=told, allow_fp16=allow_fp16, **dict(faults))
+    main = partial(train_toy, **dict(faults))
     codes = run_forked(main, run, steps, settings, num_ranks=world, log_dir=run)
     assert codes == [code] * world, log(run)
     return losses(run)
