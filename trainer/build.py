@@ -102,6 +102,7 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
     """
     datasets = find_datasets(cfg)
     model = build_model(cfg, is_fresh=trained is None)
+    objective: Objective
     if isinstance(cfg.model, AutoencoderModelConfig):
         objective, encoding = build_reconstruction(cfg, comm.device), ""
     else:

@@ -201,5 +201,5 @@ def test_ranks_that_would_wait_for_each_other_are_refused():
     mixed = {"objective": OBJECTIVE | {"crop_side_px": 16, "whole_frac": 0.5}, "model": MODEL}
     fine = tiny_config(**mixed, engine__zero_stage=3)
     assert fine.objective.mixes_sides
-    with pytest.raises(BadInput, match=r"zero_stage=3 .* whole_frac=0\.5 .*Try engine\.zero_st"):
+    with pytest.raises(BadInput, match=r"zero_stage=3 .*whole_frac=0\.5 .*Try engine\.zero_st"):
         tiny_config(**mixed, engine__zero_stage=3, cluster__ranks_per_node=2)
