@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.begin import begin_with
-from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
+from trainer.config import AutoencoderModelConfig, TrainConfig
 from trainer.config_diffusion import (
     DenoisingConfig,
     ExplodingProcessConfig,
@@ -22,6 +22,7 @@ from trainer.config_diffusion import (
     VpProcessConfig,
 )
 from trainer.config_engine import OptimConfig
+from trainer.config_first_stage import ReconstructionConfig
 from trainer.data.manifest import encoding_folder
 from trainer.data.null_text import read_null_text
 from trainer.data.opening import Dataset
@@ -45,6 +46,7 @@ from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
 from trainer.objectives import LatentObjective, Loss, ReconstructionObjective
 from trainer.plan import Plan
+from trainer.quality.perceptual import load_perceptual
 from trainer.runtime.checkpoint import TrainState, load, read_state, verify
 from trainer.runtime.comm import Comm
 from trainer.runtime.ema import Ema, decays
@@ -100,8 +102,9 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
     """
     datasets = find_datasets(cfg)
     model = build_model(cfg, is_fresh=trained is None)
+    objective: Objective
     if isinstance(cfg.model, AutoencoderModelConfig):
-        objective, encoding = _first_stage(cfg), ""
+        objective, encoding = build_reconstruction(cfg, comm.device), ""
     else:
         objective, encoding = _second_stage(cfg, datasets[0], comm)
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
@@ -163,7 +166,10 @@ def build_model(cfg: TrainConfig, *, is_fresh: bool = True) -> nn.Module:
         BadInput: The weights to start from are of another network.
     """
     if isinstance(cfg.model, AutoencoderModelConfig):
-        model: nn.Module = build_autoencoder(cfg.model, seed=cfg.seed)
+        assert isinstance(cfg.objective, ReconstructionConfig)
+        model: nn.Module = build_autoencoder(
+            cfg.model, seed=cfg.seed, discriminator=cfg.objective.discriminator
+        )
     else:
         model = denoiser = build_denoiser(cfg.model, seed=cfg.seed)
         if is_fresh and cfg.start_from is not None:
@@ -186,6 +192,25 @@ def build_loss(cfg: DenoisingConfig) -> Loss:
         return partial(denoising_loss, parameterization, weight=weight)
     weighted = cfg.loss == "likelihood"
     return partial(score_matching_loss, parameterization, likelihood_weighting=weighted)
+
+
+def build_reconstruction(cfg: TrainConfig, device: torch.device) -> ReconstructionObjective:
+    """Make the objective of an autoencoder; the network of a feature loss lies on `device`.
+
+    Raises:
+        BadInput: That network is not there, or its weights are another's.
+        BadWorld: The model hub did not give them.
+    """
+    assert isinstance(cfg.objective, ReconstructionConfig)
+    assert isinstance(cfg.model, AutoencoderModelConfig)
+    features = cfg.objective.features
+    return ReconstructionObjective(
+        cfg.objective,
+        seed=cfg.seed,
+        latent_channels=cfg.model.latent_channels,
+        pixels_per_latent=2 ** (len(cfg.model.block_channels) - 1),
+        distance=None if features is None else load_perceptual(features, device),
+    )
 
 
 def training_times(cfg: TimesConfig, process: Process) -> Callable[[Tensor], Tensor]:
@@ -234,20 +259,6 @@ def _preserving(cfg: VpProcessConfig) -> Process:
     if cfg.num_levels is None:
         return VariancePreserving(*betas, zero_terminal_snr=cfg.zero_terminal_snr)
     return VpTable(*betas, num_levels=cfg.num_levels, zero_terminal_snr=cfg.zero_terminal_snr)
-
-
-def _first_stage(cfg: TrainConfig) -> Objective:
-    assert isinstance(cfg.objective, ReconstructionConfig)
-    assert isinstance(cfg.model, AutoencoderModelConfig)
-    return ReconstructionObjective(
-        seed=cfg.seed,
-        latent_channels=cfg.model.latent_channels,
-        pixels_per_latent=2 ** (len(cfg.model.block_channels) - 1),
-        absolute_weight=cfg.objective.absolute_weight,
-        kl_weight=cfg.objective.kl_weight,
-        crop_side_px=cfg.objective.crop_side_px,
-        whole_frac=cfg.objective.whole_frac,
-    )
 
 
 def _second_stage(cfg: TrainConfig, dataset: Dataset, comm: Comm) -> tuple[Objective, str]:

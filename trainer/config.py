@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from trainer.config_data import DataConfig
-from trainer.config_diffusion import DenoisingConfig, Fraction
+from trainer.config_diffusion import DenoisingConfig
 from trainer.config_engine import (
     CheckpointConfig,
     EmaConfig,
@@ -14,6 +14,7 @@ from trainer.config_engine import (
     RollbackConfig,
     WatchdogConfig,
 )
+from trainer.config_first_stage import ReconstructionConfig, check_sides
 from trainer.frozen import config
 
 
@@ -161,22 +162,6 @@ ModelConfig = Annotated[
 ]
 
 
-@config
-class ReconstructionConfig:
-    """The autoencoder's objective: squared and absolute error plus a small KL term."""
-
-    kind: Literal["reconstruction"]
-    """Selects this objective."""
-    absolute_weight: NonNegativeFloat
-    """Weight of the mean absolute error; the squared one has weight 1."""
-    kl_weight: NonNegativeFloat
-    """Weight of the KL divergence per latent number."""
-    crop_side_px: NonNegativeInt
-    """Most pictures are learned by a random square of this side, which costs less; 0 for none."""
-    whole_frac: Fraction
-    """Share of the pictures that are learned whole all the same."""
-
-
 ObjectiveConfig = Annotated[DenoisingConfig | ReconstructionConfig, Field(discriminator="kind")]
 
 
@@ -264,11 +249,8 @@ class TrainConfig:
                 f"model.kind={self.model.kind} cannot be trained with "
                 f"objective.kind={self.objective.kind}. Try objective={need}."
             )
-        if trains_autoencoder and self.start_from is not None:
-            raise ValueError(
-                f"start_from={self.start_from} is for denoisers, and model.kind="
-                f"{self.model.kind} is none. Give start_from=null."
-            )
+        if self.model.kind == "autoencoder_kl" and self.objective.kind == "reconstruction":
+            self._check_first_stage(self.model, self.objective)
         pooled = self.model.pooled_tokens if self.model.kind == "unet" else 0
         if 0 < pooled < self.encoders.text.max_tokens:
             raise ValueError(
@@ -291,6 +273,36 @@ class TrainConfig:
                 f"cluster.num_nodes={self.cluster.num_nodes} needs cluster.kind=slurm; "
                 "a local run has one node. Try cluster.num_nodes=1."
             )
+
+    def _check_first_stage(
+        self, model: AutoencoderModelConfig, objective: ReconstructionConfig
+    ) -> None:
+        if self.start_from is not None:
+            raise ValueError(
+                f"start_from={self.start_from} is for denoisers, and model.kind="
+                f"{model.kind} is none. Give start_from=null."
+            )
+        check_sides(
+            objective,
+            image_side_px=self.encoders.image_side_px,
+            downscale=2 ** (len(model.block_channels) - 1),
+        )
+        ranks = self.cluster.num_nodes * self.cluster.ranks_per_node
+        if self.engine.zero_stage == 3 and ranks > 1 and objective.mixes_sides:
+            raise ValueError(
+                "engine.zero_stage=3 gathers weights in every forward pass, so that all ranks "
+                f"must make equally many; with objective.whole_frac={objective.whole_frac:g} some "
+                "make a second one for whole pictures. Try engine.zero_stage=2, or "
+                "objective.whole_frac=0."
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        """How many weights are trained: the model's, and a discriminator's."""
+        total, objective = self.model.num_parameters, self.objective
+        if isinstance(objective, ReconstructionConfig) and objective.discriminator is not None:
+            total += objective.discriminator.num_parameters
+        return total
 
 
 @config

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from trainer.command import run_command
-from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
+from trainer.config import AutoencoderModelConfig, TrainConfig
+from trainer.config_first_stage import ReconstructionConfig
 from trainer.config_tools import ExportConfig
 from trainer.data.publish import publish_json
 from trainer.errors import BadInput
@@ -43,6 +44,8 @@ def run(cfg: ExportConfig) -> int:
     _check_target(out)
     trained = read_yaml(TrainConfig, run_dir / "config.yaml")
     weights, state = read_weights(run_dir, cfg.weights)
+    if isinstance(trained.model, AutoencoderModelConfig):  # without a discriminator
+        weights = {name: each for name, each in weights.items() if name.startswith("inner.")}
     with _published(out) as folder:
         facts = training_facts(run_dir, trained, state, weights=cfg.weights)
         facts["num_parameters"] = sum(weight.numel() for weight in weights.values())

@@ -11,8 +11,9 @@ import torch
 from transformers import BertModel
 
 from trainer import export_pipeline
-from trainer.config import ReconstructionConfig, TrainConfig
+from trainer.config import TrainConfig
 from trainer.config_diffusion import VpProcessConfig
+from trainer.config_first_stage import ReconstructionConfig
 from trainer.data.publish import publish_json
 from trainer.export_scheduler import NETWORK_STEPS, STOCK_PREDICTIONS, Schedule
 from trainer.models.autoencoders import Autoencoder, KlAutoencoder

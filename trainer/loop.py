@@ -17,7 +17,8 @@ from trainer.runtime.engine import Engine
 from trainer.runtime.guard import Guard
 from trainer.runtime.signals import StopFlag
 
-Objective = Callable[[nn.Module, Batch], Tensor]
+Objective = Callable[[nn.Module, Batch, int], Tensor]
+"""(network, micro-batch, images seen before this step) -> one loss per sample."""
 
 
 @dataclass
@@ -115,7 +116,7 @@ def take_step(
     for _ in range(plan.accumulation_steps):
         with observer.span("data_stall"):
             batch = next(batches)
-        loss_B = parts.objective(engine.model, batch)
+        loss_B = parts.objective(engine.model, batch, progress.images_seen)
         engine.backward(loss_B.mean())
         engine.micro_step()
         ids.append(batch.ids_B)

@@ -1,13 +1,16 @@
 """From a micro-batch to one loss per sample: draws that belong to the sample, then the network."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from trainer.config_first_stage import ReconstructionConfig
 from trainer.data.sources import LatentBatch, PictureBatch
 from trainer.diffusion import philox
-from trainer.diffusion.objective import Predict, reconstruction_loss
+from trainer.diffusion.first_stage import deceiving_loss, hinge_loss, reconstruction_loss
+from trainer.diffusion.objective import Predict
 from trainer.diffusion.process import like
 
 Loss = Callable[[Predict, Tensor, Tensor, Tensor], Tensor]
@@ -46,7 +49,9 @@ class LatentObjective:
         self._shift, self._scale = latent_mean_C[:, None, None], latent_std_C[:, None, None]
         self._null_text_LD = null_text_LD
 
-    def __call__(self, model: nn.Module, batch: LatentBatch | PictureBatch) -> Tensor:
+    def __call__(
+        self, model: nn.Module, batch: LatentBatch | PictureBatch, _images_seen: int = 0
+    ) -> Tensor:
         """Return ``(B,)`` losses; the draws depend on seed, sample and visit alone."""
         assert isinstance(batch, LatentBatch)
         shape = batch.mean_BCHW.shape[1:]
@@ -81,28 +86,52 @@ class LatentObjective:
         )
 
 
+class Distance(Protocol):
+    """A measure of pictures, by which gradients reach the first ones."""
+
+    def __call__(self, ours_BCHW: Tensor, theirs_BCHW: Tensor) -> Tensor:
+        """Return ``(B,)`` float32 for RGB pictures in [-1, 1]."""
+
+
 class ReconstructionObjective:
-    """The autoencoder's: reconstruct pictures, or random crops of them, through drawn latents."""
+    """The autoencoder's: reconstruct pictures, or random crops of them, through drawn latents.
+
+    With a discriminator the loss of a picture has the value of the autoencoder's loss alone, and
+    the gradients of both losses: deceiving reaches the autoencoder only, and the hinge loss the
+    discriminator only, so that one backward pass is two. The logged loss then makes no leap where
+    the discriminator begins, which would count as a spike.
+
+    The weight of deceiving is fixed. VQGAN (Esser et al. 2021, equation 7) adapts it, by the norms
+    of two gradients of the last layer over a batch: that takes two more backward passes, sees the
+    samples of one rank only, so that a run would depend on the number of ranks, and cannot see
+    weights that ZeRO-3 has partitioned.
+    """
 
     def __init__(
         self,
+        cfg: ReconstructionConfig,
         *,
         seed: int,
         latent_channels: int,
         pixels_per_latent: int,
-        absolute_weight: float,
-        kl_weight: float,
-        crop_side_px: int,
-        whole_frac: float,
+        distance: Distance | None = None,
     ) -> None:
-        """Take the weights, and how the latents of a picture are shaped."""
-        self._seed = seed
-        self._latent_channels, self._pixels_per_latent = latent_channels, pixels_per_latent
-        self._weights = {"absolute_weight": absolute_weight, "kl_weight": kl_weight}
-        self._crop_side_px = crop_side_px
-        self._whole_frac = whole_frac if crop_side_px else 1.0
+        """Take the weights, and how the latents of a picture are shaped.
 
-    def __call__(self, model: nn.Module, batch: LatentBatch | PictureBatch) -> Tensor:
+        Args:
+            cfg: Weights, crops, and when the discriminator starts, if the model has one.
+            seed: Keys all draws, together with sample ids and visits.
+            latent_channels: Of a latent.
+            pixels_per_latent: Rows of a picture per row of its latent.
+            distance: In the features of the network that `cfg` names.
+        """
+        self._cfg, self._seed, self._distance = cfg, seed, distance
+        self._latent_channels, self._pixels_per_latent = latent_channels, pixels_per_latent
+        self._whole_frac = cfg.whole_frac if cfg.crop_side_px else 1.0
+
+    def __call__(
+        self, model: nn.Module, batch: LatentBatch | PictureBatch, images_seen: int = 0
+    ) -> Tensor:
         """Return ``(B,)`` losses; what is cropped, and where, belongs to the sample."""
         assert isinstance(batch, PictureBatch)
         u_B3 = philox.uniforms(
@@ -112,22 +141,49 @@ class ReconstructionObjective:
         loss_B = torch.empty(len(whole_B), device=batch.pictures_BCHW.device)
         for chosen_B, side_px in (
             (whole_B, batch.pictures_BCHW.shape[-1]),
-            (~whole_B, self._crop_side_px),
+            (~whole_B, self._cfg.crop_side_px),
         ):
             if chosen_B.any():
                 pictures = crops(batch.pictures_BCHW[chosen_B], u_B3[chosen_B, 1:], side_px)
                 who = (batch.ids_B[chosen_B], batch.visits_B[chosen_B])
-                loss_B[chosen_B] = self._loss(model, pictures, *who)
+                loss_B[chosen_B] = self._loss(
+                    model, pictures, self._noise(pictures, *who), images_seen
+                )
         return _weigh(loss_B, batch.weights_B)
 
-    def _loss(
-        self, model: nn.Module, pictures_BCHW: Tensor, ids_B: Tensor, visits_B: Tensor
-    ) -> Tensor:
+    def _noise(self, pictures_BCHW: Tensor, ids_B: Tensor, visits_B: Tensor) -> Tensor:
         side = pictures_BCHW.shape[-1] // self._pixels_per_latent
         shape = (self._latent_channels, side, side)
-        noise_BCHW = philox.normals(self._seed, ids_B, visits_B, purpose=philox.LATENT, shape=shape)
-        decoded, mean, logvar = model(pictures_BCHW, noise_BCHW)
-        return reconstruction_loss(pictures_BCHW, decoded, mean, logvar, **self._weights)
+        return philox.normals(self._seed, ids_B, visits_B, purpose=philox.LATENT, shape=shape)
+
+    def _loss(
+        self, model: nn.Module, pictures_BCHW: Tensor, noise_BCHW: Tensor, images_seen: int
+    ) -> Tensor:
+        cfg = self._cfg
+        is_judging = cfg.discriminator is not None and images_seen >= cfg.discriminator.start_images
+        decoded, mean, logvar, *logits = model(pictures_BCHW, noise_BCHW, is_judging)
+        loss_B = reconstruction_loss(
+            pictures_BCHW,
+            decoded,
+            mean,
+            logvar,
+            absolute_weight=cfg.absolute_weight,
+            kl_weight=cfg.kl_weight,
+        )
+        if self._distance is not None:
+            assert cfg.features is not None
+            loss_B = loss_B + cfg.features.weight * self._distance(decoded, pictures_BCHW)
+        if cfg.discriminator is not None:
+            loss_B = loss_B + _adversarial(*logits, weight=cfg.discriminator.weight)
+        return loss_B
+
+
+def _adversarial(real: Tensor, fake: Tensor, deceived: Tensor, *, weight: float) -> Tensor:
+    """Return ``(B,)``: what deceiving costs, with the hinge loss's gradients; or () of zero."""
+    hinge_B, deceiving_B = hinge_loss(real, fake), deceiving_loss(deceived)
+    loss_B = weight * deceiving_B + hinge_B - hinge_B.detach()
+    # Of no pictures: parameters of the discriminator still get gradients, which are zero.
+    return loss_B if len(loss_B) else loss_B.sum()
 
 
 def crops(pictures_BCHW: Tensor, u_B2: Tensor, side_px: int) -> Tensor:

@@ -71,7 +71,7 @@ def make_plan(cfg: TrainConfig, *, step: int = 0, images_seen: int = 0) -> Plan:
 
 def _bytes_per_rank(cfg: TrainConfig, num_ranks: int) -> tuple[float, float]:
     """Sharding as in ZeRO (Rajbhandari et al. 2020): 1 states, 2 gradients, 3 weights."""
-    params, stage = cfg.model.num_parameters, cfg.engine.zero_stage
+    params, stage = cfg.num_parameters, cfg.engine.zero_stage
     width = 2 if cfg.engine.precision == "bf16" else 4
     weights = params * width / (num_ranks if stage >= 3 else 1)
     gradients = params * width / (num_ranks if stage >= 2 else 1)
@@ -83,7 +83,7 @@ def _bytes_per_rank(cfg: TrainConfig, num_ranks: int) -> tuple[float, float]:
 def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the plan as (what, how much) for a table."""
     cluster, batch = cfg.cluster, cfg.batch
-    yield "model", f"{cfg.model.kind}, {cfg.model.num_parameters / 1e6:,.1f} M parameters"
+    yield "model", f"{cfg.model.kind}, {cfg.num_parameters / 1e6:,.1f} M parameters"
     yield (
         "ranks",
         f"{plan.num_ranks} on {cluster.num_nodes} node(s), {cluster.device}",
@@ -106,7 +106,7 @@ def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _checkpoint_gib(cfg: TrainConfig) -> float:
-    return cfg.model.num_parameters * 16 / _GIB
+    return cfg.num_parameters * 16 / _GIB
 
 
 def show(cfg: TrainConfig) -> int:

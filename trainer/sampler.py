@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.build import build_parameterization
-from trainer.config import AutoencoderModelConfig, ReconstructionConfig, TrainConfig
+from trainer.config import AutoencoderModelConfig, TrainConfig
 from trainer.config_diffusion import DenoisingConfig
+from trainer.config_first_stage import ReconstructionConfig
 from trainer.config_tools import SamplingConfig
 from trainer.data.manifest import load_manifest
 from trainer.data.publish import file_sha256

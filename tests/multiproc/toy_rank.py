@@ -1,5 +1,5 @@
 """One rank of a toy training, run by the tests beside this: the real loop, engine and bookkeeping
-on a network of odd sizes and a stream of made-up samples.
+on a network of odd sizes and a stream of made-up samples; or a small autoencoder, on noise.
 
 Resumes what lies in the run.
 """
@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.tiny import tiny_config
 from trainer.bookkeeping import Bookkeeper
-from trainer.build import Built, find_checkpoint, restore
+from trainer.build import Built, build_model, build_reconstruction, find_checkpoint, restore
 from trainer.data.sources import PictureBatch
 from trainer.data.stream import State
 from trainer.frozen import write_yaml
@@ -43,8 +43,8 @@ def network() -> nn.Module:
 class ToyFeed:
     """Sample n is a draw keyed by n; one that is left out is replaced by number n + REPLACED."""
 
-    def __init__(self, rank, world, micro, excluded):
-        self._rank, self._world, self._micro = rank, world, micro
+    def __init__(self, rank, world, micro, excluded, shape):
+        self._rank, self._world, self._micro, self._shape = rank, world, micro, shape
         self._excluded = set(excluded)
 
     def begin(self, saved):
@@ -68,7 +68,10 @@ class ToyFeed:
                     for n in mine[first : first + self._micro]
                 ]
                 x = torch.stack(
-                    [torch.randn(5, generator=torch.Generator().manual_seed(n)) for n in ids]
+                    [
+                        torch.randn(self._shape, generator=torch.Generator().manual_seed(n))
+                        for n in ids
+                    ]
                 )
                 yield PictureBatch(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.int64), x)
             state = self.advance(state)
@@ -83,7 +86,7 @@ class ToyObjective:
         )
         self._told = told
 
-    def __call__(self, model, batch):
+    def __call__(self, model, batch, _images_seen):
         if self._told and self._told[0] in batch.ids_B.tolist():
             os.kill(os.getpid(), self._told[1])
         x = batch.pictures_BCHW
@@ -125,7 +128,10 @@ def train_toy(folder, steps, changes, *, told=None, allow_fp16=False, **faults):
         write_yaml(cfg, run / "config.yaml")
     comm, plan = Comm(env, "cpu"), make_plan(cfg)
     with Bookkeeper(cfg, plan, comm, attempt=env.attempt, launcher_pid=None) as books:
-        model = network()
+        model, objective, shape = network(), ToyObjective(told=told, **faults), (5,)
+        if cfg.model.kind == "autoencoder_kl":
+            model, objective = build_model(cfg), build_reconstruction(cfg, comm.device)
+            shape = (3, cfg.encoders.image_side_px, cfg.encoders.image_side_px)
         shapes = {name: list(param.shape) for name, param in model.named_parameters()}
         engine = Engine(model, cfg, plan, comm)
         checkpoint = find_checkpoint(checkpoints_of(cfg), comm)
@@ -137,8 +143,10 @@ def train_toy(folder, steps, changes, *, told=None, allow_fp16=False, **faults):
             engine=engine,
             ema=Ema(engine.fragments, decays(cfg.ema)),
             guard=Guard(cfg.rollback, recent),
-            objective=ToyObjective(told=told, **faults),
-            feed=ToyFeed(env.rank, env.world, cfg.batch.micro_batch_images, excluded_ids(run)),
+            objective=objective,
+            feed=ToyFeed(
+                env.rank, env.world, cfg.batch.micro_batch_images, excluded_ids(run), shape
+            ),
             shapes=shapes,
             fingerprints=("dataset", "encoding"),
         )

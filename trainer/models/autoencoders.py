@@ -11,6 +11,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from trainer.config import AutoencoderConfig, AutoencoderModelConfig
+from trainer.config_first_stage import DiscriminatorConfig
+from trainer.models.discriminator import PatchDiscriminator, build_discriminator, held_constant
 from trainer.models.loading import load_frozen
 from trainer.models.locations import locate
 
@@ -103,35 +105,66 @@ def load_autoencoder(cfg: AutoencoderConfig) -> Autoencoder:
 
 
 class TrainableAutoencoder(nn.Module):
-    """An AutoencoderKL in training; `inner` is the diffusers module that export saves."""
+    """An AutoencoderKL in training; `inner` is the diffusers module that export saves.
 
-    def __init__(self, inner: Any) -> None:  # noqa: ANN401 - diffusers is untyped
+    A discriminator that learns beside it is a part of it, so that one engine and one optimizer
+    train both, and checkpoints, averages and rollbacks hold both.
+    """
+
+    def __init__(self, inner: Any, discriminator: PatchDiscriminator | None = None) -> None:  # noqa: ANN401 - diffusers is untyped
         super().__init__()
-        self.inner = inner
+        self.inner, self.discriminator = inner, discriminator
 
-    def forward(self, pictures_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode, sample the latent with the given noise, decode.
+    def forward(
+        self, pictures_BCHW: Tensor, noise_BCHW: Tensor, is_judging: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Encode, sample the latent with the given noise, decode; let the discriminator judge.
 
         Args:
             pictures_BCHW: RGB in [-1, 1].
             noise_BCHW: Standard normal draws in the latents' shape.
+            is_judging: Else the discriminator sees no picture; its parameters still have
+                gradients, of zero, so that the optimizer treats them alike at every ZeRO stage.
 
         Returns:
-            The reconstructions, the latents' means and their log-variances; fp32.
+            The reconstructions, the latents' means and their log-variances; fp32. With a
+            discriminator three logits of each patch follow: of the pictures and of the
+            reconstructions, from which only it gets gradients; and again of the reconstructions,
+            from which only the autoencoder does.
         """
         dtype = next(self.inner.parameters()).dtype
-        latents = self.inner.encode(pictures_BCHW.to(dtype)).latent_dist
+        pictures_BCHW = pictures_BCHW.to(dtype)
+        latents = self.inner.encode(pictures_BCHW).latent_dist
         drawn = latents.mean + latents.std * noise_BCHW.to(dtype)
         decoded = self.inner.decode(drawn).sample
-        return decoded.float(), latents.mean.float(), latents.logvar.float()
+        found = (decoded.float(), latents.mean.float(), latents.logvar.float())
+        if self.discriminator is None:
+            return found
+        judged = decoded if is_judging else decoded[:0]
+        with held_constant(self.discriminator):
+            deceived = self.discriminator(judged)
+        both = torch.cat([pictures_BCHW[: len(judged)], judged.detach()])
+        real, fake = self.discriminator(both).chunk(2)
+        return (*found, real, fake, deceived)
 
     def recompute_activations(self) -> None:
         """Trade compute for memory in the backward pass."""
         self.inner.enable_gradient_checkpointing()
 
 
-def build_autoencoder(cfg: AutoencoderModelConfig, *, seed: int = 0) -> TrainableAutoencoder:
-    """Make a freshly initialised autoencoder; equal seeds give equal weights."""
+def build_autoencoder(
+    cfg: AutoencoderModelConfig,
+    *,
+    seed: int = 0,
+    discriminator: DiscriminatorConfig | None = None,
+) -> TrainableAutoencoder:
+    """Make a freshly initialised autoencoder; equal seeds give equal weights.
+
+    Args:
+        cfg: Of the autoencoder.
+        seed: Of all weights; those of the autoencoder do not depend on the discriminator.
+        discriminator: Learns beside it.
+    """
     levels = len(cfg.block_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -145,4 +178,6 @@ def build_autoencoder(cfg: AutoencoderModelConfig, *, seed: int = 0) -> Trainabl
             mid_block_add_attention=cfg.mid_attention,
             scaling_factor=1.0,
         )
-    return TrainableAutoencoder(inner)
+    if discriminator is None:
+        return TrainableAutoencoder(inner)
+    return TrainableAutoencoder(inner, build_discriminator(discriminator, seed=seed))

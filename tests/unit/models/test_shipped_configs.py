@@ -39,3 +39,14 @@ def test_networks_for_features_compose(name):
     path = ["features.path=x"] if name in {"clip", "inception"} else []
     cfg = compose(EvaluateConfig, "evaluate", ["run=x", f"features={name}", *path])
     assert (cfg.features.kind if cfg.features else "none") == name
+
+
+@pytest.mark.parametrize(
+    "word",
+    [f"{group}={name}" for group in ("feature_loss", "discriminator") for name in names(group)],
+)
+def test_parts_of_the_objective_of_an_autoencoder_compose(word):
+    words = ["data.dataset=x", "model=autoencoder_small", "objective=reconstruction", word]
+    path = ["objective.features.path=x"] if word == "feature_loss=vgg16" else []
+    found = compose(TrainConfig, "train", [*words, *path]).objective
+    assert found.features or found.discriminator

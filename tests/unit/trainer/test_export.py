@@ -35,13 +35,14 @@ def test_a_denoiser_loads_in_diffusers_with_the_weights_that_were_asked_for(
     assert facts["encoding"]["latent_shape"] == [4, 16, 16]  # what the network's input means
 
 
-@pytest.fixture
-def autoencoder_run(tmp_path, tiny_scenes):
-    overrides = ["model=autoencoder_small", "objective=reconstruction"]
+@pytest.fixture(params=[[], ["discriminator=patch_small"]], ids=["alone", "discriminator"])
+def autoencoder_run(request, tmp_path, tiny_scenes):
+    overrides = ["model=autoencoder_small", "objective=reconstruction", *request.param]
     cfg = thaw(compose(TrainConfig, "train", [f"data.dataset={tiny_scenes}", *overrides]))
     cfg["model"] |= {"block_channels": [8, 16], "norm_groups": 4}
     cfg = freeze(TrainConfig, cfg)
-    model = build_autoencoder(cfg.model, seed=9)
+    discriminator = cfg.objective.discriminator
+    model = build_autoencoder(cfg.model, seed=9, discriminator=discriminator)
     return save_run(cfg, tmp_path / "autoencoder", model), model
 
 
@@ -54,6 +55,8 @@ def test_an_autoencoder_becomes_a_first_stage(autoencoder_run, tmp_path):
         assert torch.equal(value, theirs.state_dict()[name])
     loaded = load_autoencoder(AutoencoderConfig(kind="kl", path=str(out)))
     assert loaded.latent_channels == 4
+    facts = json.loads((out / "training.json").read_text())
+    assert facts["num_parameters"] == sum(p.numel() for p in model.inner.parameters())
 
 
 def test_the_vae_of_an_export_is_a_first_stage_of_normalised_latents(tiny_run, tmp_path):

@@ -8,6 +8,7 @@ from tests.latents_without_encoders import CHANNELS, TEXT_WIDTH, make_dataset
 from tests.streams import latents, load
 from tests.tiny import tiny_config
 from trainer.build import build_loss, build_parameterization, training_times
+from trainer.config_first_stage import ReconstructionConfig
 from trainer.data.sources import PictureBatch
 from trainer.objectives import LatentObjective, ReconstructionObjective, crops
 
@@ -94,7 +95,7 @@ def test_an_autoencoder_learns_each_picture_whole_or_by_a_crop_of_its_own(whole_
     sides = []
 
     class Echo(torch.nn.Module):
-        def forward(self, pictures, noise):
+        def forward(self, pictures, noise, _is_judging):
             sides.extend([pictures.shape[-1]] * len(pictures))
             assert noise.shape == (
                 len(pictures),
@@ -105,13 +106,16 @@ def test_an_autoencoder_learns_each_picture_whole_or_by_a_crop_of_its_own(whole_
             return pictures + 1, noise * 0, noise * 0
 
     objective = ReconstructionObjective(
+        ReconstructionConfig(
+            kind="reconstruction",
+            absolute_weight=0.0,
+            kl_weight=1.0,
+            crop_side_px=8,
+            whole_frac=whole_frac,
+        ),
         seed=0,
         latent_channels=4,
         pixels_per_latent=4,
-        absolute_weight=0.0,
-        kl_weight=1.0,
-        crop_side_px=8,
-        whole_frac=whole_frac,
     )
     batch = PictureBatch(torch.arange(200), torch.zeros(200).long(), torch.rand(200, 3, 16, 16))
     torch.testing.assert_close(objective(Echo(), batch), torch.ones(200))
