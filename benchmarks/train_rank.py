@@ -47,7 +47,8 @@ class Timed(Bookkeeper):
 def kiln(cfg: TrainConfig, comm: Comm) -> dict[str, float]:
     """Train with everything that `kiln train` does beside it."""
     plan = make_plan(cfg)
-    with Timed(cfg, plan, comm, attempt=0, launcher_pid=None) as books:
+    books = Timed(cfg, plan, comm, attempt=0, launcher_pid=None)
+    with books:
         built = build(cfg, plan, comm, None)
         progress = restore(built, None)
         books.begin(built, progress)
@@ -96,7 +97,7 @@ def _plain_step(
     cfg: TrainConfig,
 ) -> Callable[[LatentBatch], None]:
     def step(batch: LatentBatch) -> None:
-        flow_loss(network, batch).backward()
+        torch.autograd.backward(flow_loss(network, batch))
         nn.utils.clip_grad_norm_(params, cfg.optim.clip_grad_norm)
         adam.step()
         adam.zero_grad(set_to_none=True)

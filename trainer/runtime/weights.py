@@ -108,12 +108,13 @@ def shares(kept: Sequence[Kept], *, images_seen: float, gamma: float) -> NDArray
     times = np.array([each.images_seen for each in kept])
     gammas = np.array([each.gamma for each in kept])
     inner = _inner(times[:, None], gammas[:, None], times[None], gammas[None])
-    wanted = _inner(times, gammas, np.float64(images_seen), np.float64(gamma))
+    wanted = _inner(times, gammas, np.array(float(images_seen)), np.array(gamma))
     # Scaled to unit norm: profiles of early checkpoints are much taller than those of late ones.
     norms = np.sqrt(np.diag(inner))
     solved = np.linalg.lstsq(inner / norms[:, None] / norms, wanted / norms, rcond=1e-14)[0]
     found: NDArray[np.float64] = solved / norms
-    return found / found.sum()
+    found /= found.sum()
+    return found
 
 
 def _inner(
