@@ -236,7 +236,7 @@ class Bookkeeper:
             self._accounts.count(progress)
         last = progress.step == self._plan.total_steps
         if progress.step % self._cfg.logging.every_steps == 0 or progress.step == 1 or last:
-            slowest = self._stragglers.compare(progress.step)
+            slowest = self._stragglers.compare()
             if self._accounts:
                 self._accounts.log_step(progress, facts, slowest)
         with self._accounted("checkpoint_stall"):  # no wait for a disk, so nothing to be patient of

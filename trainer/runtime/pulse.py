@@ -12,7 +12,7 @@ class Pulse:
 
     def __init__(self) -> None:
         """Begin in the phase `start`."""
-        self.step, self.phase, self.is_first_step = 0, "start", True
+        self.step, self.phase, self.steps_done = 0, "start", 0
         self.began_s = self._entered_s = time.monotonic()
         self._spent_s: defaultdict[str, float] = defaultdict(float)
 
@@ -34,7 +34,7 @@ class Pulse:
     def finish_step(self, step: int) -> None:
         """Step number `step` is done, and the clock of the next one begins."""
         self.began_s = time.monotonic()
-        self.step, self.is_first_step = step + 1, False
+        self.step, self.steps_done = step + 1, self.steps_done + 1
 
     def take_spent_s(self) -> defaultdict[str, float]:
         """Return the seconds spent in each phase that ended since the last call."""

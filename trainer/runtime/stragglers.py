@@ -88,13 +88,13 @@ class Stragglers:
         if self._forward is not None:
             self._forward.enter(phase)
 
-    def compare(self, step: int) -> float | None:
+    def compare(self) -> float | None:
         """Warn of slow ranks; return the slowest one's ratio, None at the first comparison."""
-        since, self._since = self._since, (time.monotonic(), step)
+        since, self._since = self._since, (time.monotonic(), self._pulse.steps_done)
         own_s = self._take_own_s()
         if since is None:
             return None
-        steps = step - since[1]
+        steps = self._since[1] - since[1]
         mine = Share(own_s / steps, (self._since[0] - since[0]) / steps, socket.gethostname())
         shares = [Share.unpack(told) for told in self._comm.gather_bytes(mine.pack())]
         ratios = rank_ratios(shares, is_forward_own=self._is_forward_own)
@@ -107,7 +107,7 @@ class Stragglers:
             self._warned_s = self._since[0]
             log.warning(
                 "step %d: slower than the median rank by itself, so that all wait for it: %s",
-                step,
+                self._pulse.step - 1,
                 ", ".join(slow),
             )
         return max(ratios)

@@ -82,7 +82,7 @@ class Watchdog:
 
     def _beat(self) -> Beat:
         pulse, cfg = self._pulse, self._cfg
-        patient = pulse.phase in PATIENT or pulse.is_first_step
+        patient = pulse.phase in PATIENT or not pulse.steps_done
         limit_s = cfg.first_step_timeout_s if patient else cfg.timeout_s
         elapsed_s = time.monotonic() - pulse.began_s
         waiting, begun = waits_in() if elapsed_s > limit_s else (None, 0)
