@@ -30,9 +30,14 @@ set -u
 export PYTHONPATH={quote(str(job.code))} OMP_NUM_THREADS={job.threads_per_rank}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# Attempts of a job that is requeued have numbers; trainer/runtime/env.py counts alike.
+stuck={quote(str(job.run))}/attempts/$(printf %03d "${{SLURM_RESTART_COUNT:-0}}")/stuck.json
+rm -f "$stuck"
 srun --kill-on-bad-exit=1 {quote(str(job.python))} -m trainer.worker {quote(str(job.run))}
 code=$?
 # {EXIT_REQUEUE}: a stop signal came, everything is saved, and the run wants to go on.
-if [ "$code" -eq {EXIT_REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# When a rank is stuck, the others leave the file and exit with it too, but srun's code may be that
+# of the stuck rank, which Slurm had to kill.
+if [ "$code" -eq {EXIT_REQUEUE} ] || [ -e "$stuck" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
 """

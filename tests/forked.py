@@ -7,14 +7,19 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
+from multiprocessing.connection import wait
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
-def run_forked(main, *args, num_ranks, log_dir):
-    """Run `main(*args)` once per rank and wait; returns what they returned, 0 for None."""
+def run_forked(main, *args, num_ranks, log_dir, others_s=None):
+    """Run `main(*args)` once per rank and wait; returns what they returned, 0 for None.
+
+    With `others_s`, ranks that still run so many seconds after the first one ended are killed.
+    """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -31,8 +36,13 @@ def run_forked(main, *args, num_ranks, log_dir):
         log = log_dir / f"rank_{rank}.log"
         ranks.append(CONTEXT.Process(target=_rank, args=(main, args, env, log)))
         ranks[-1].start()
+    wait([process.sentinel for process in ranks])
+    deadline_s = None if others_s is None else time.monotonic() + others_s
     for process in ranks:
-        process.join()
+        process.join(deadline_s and max(0.0, deadline_s - time.monotonic()))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
     return [process.exitcode for process in ranks]
 
 

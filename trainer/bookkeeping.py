@@ -25,15 +25,20 @@ from trainer.observe.sinks import Sinks
 from trainer.plan import Plan
 from trainer.runtime.checkpoint import TrainState
 from trainer.runtime.comm import Comm
+from trainer.runtime.pulse import Pulse
 from trainer.runtime.rollback import Rollback
 from trainer.runtime.rundir import checkpoints_of
 from trainer.runtime.saver import Saver
 from trainer.runtime.snapshot import Snapshot
+from trainer.runtime.stragglers import Stragglers
 
 log = logging.getLogger(__name__)
 
 MERGE_EVERY_S = 30.0
 """How often training looks for evaluations that finished meanwhile."""
+
+PHASES = {"data_stall": "data", "checkpoint_stall": "checkpoint", "restore": "restore"}
+"""What a rank does in the time that goes to these buckets of the ledger."""
 
 
 class Accounts:
@@ -69,9 +74,9 @@ class Accounts:
             project=cfg.logging.wandb_project,
             progress="quiet" if cfg.logging.quiet else "auto",
         )
-        self._every_steps, self._plan = cfg.logging.every_steps, plan
+        self._plan = plan
         self._speed = Throughput()
-        self._data_wait_s = 0.0
+        self._data_wait_s = self._last_wait_s = 0.0
 
     @contextmanager
     def span(self, bucket: str) -> Iterator[None]:
@@ -88,30 +93,32 @@ class Accounts:
         self.ledger.switch("productive")
         self._speed = Throughput()
 
-    def after_step(self, progress: Progress, facts: StepFacts) -> None:
-        """Count a step, and log every few."""
+    def count(self, progress: Progress) -> None:
+        """Count a step."""
         self.ledger.reach(progress.step)
         self._speed.add(images=self._plan.images_per_step, data_wait_s=self._data_wait_s)
-        data_wait_s, self._data_wait_s = self._data_wait_s, 0.0
-        last = progress.step == self._plan.total_steps
-        if progress.step % self._every_steps == 0 or progress.step == 1 or last:
-            self._sinks.log(
-                {
-                    "step": progress.step,
-                    "images_seen": progress.images_seen,
-                    "train/loss": facts.loss,
-                    "train/grad_norm": facts.grad_norm,
-                    "train/lr": facts.learning_rate,
-                    "speed/images_per_s": self._speed.images_per_s,
-                    "speed/data_wait_frac": self._speed.data_wait_frac,
-                    "time/data_wait_s": data_wait_s,
-                    "time/left_s": self._speed.time_left_s(
-                        (self._plan.total_steps - progress.step) * self._plan.images_per_step
-                    ),
-                }
-            )
-            if time.monotonic() - self._merged_s >= MERGE_EVERY_S:
-                self._merge_evaluations()
+        self._last_wait_s, self._data_wait_s = self._data_wait_s, 0.0
+
+    def log_step(self, progress: Progress, facts: StepFacts, slowest: float | None) -> None:
+        """Log a step that was counted; `slowest` is how many times the median rank needs."""
+        self._sinks.log(
+            {
+                "step": progress.step,
+                "images_seen": progress.images_seen,
+                "train/loss": facts.loss,
+                "train/grad_norm": facts.grad_norm,
+                "train/lr": facts.learning_rate,
+                "speed/images_per_s": self._speed.images_per_s,
+                "speed/data_wait_frac": self._speed.data_wait_frac,
+                "speed/slowest_rank_ratio": slowest,
+                "time/data_wait_s": self._last_wait_s,
+                "time/left_s": self._speed.time_left_s(
+                    (self._plan.total_steps - progress.step) * self._plan.images_per_step
+                ),
+            }
+        )
+        if time.monotonic() - self._merged_s >= MERGE_EVERY_S:
+            self._merge_evaluations()
 
     def roll_back(self, step: int, back_to_step: int) -> None:
         """Count the steps up to `step` behind `back_to_step` as lost."""
@@ -138,11 +145,33 @@ class Bookkeeper:
     """The loop's observer on every rank."""
 
     def __init__(
-        self, cfg: TrainConfig, plan: Plan, comm: Comm, *, attempt: int, launcher_pid: int | None
+        self,
+        cfg: TrainConfig,
+        plan: Plan,
+        comm: Comm,
+        *,
+        attempt: int,
+        launcher_pid: int | None,
+        pulse: Pulse | None = None,
     ) -> None:
-        """Open the accounts on rank 0."""
+        """Open the accounts on rank 0.
+
+        Args:
+            cfg: Of the run.
+            plan: Of the run.
+            comm: Of all ranks.
+            attempt: Number of the attempt.
+            launcher_pid: The process whose children all ranks are; None if there is none.
+            pulse: What a watchdog watches, if there is one.
+        """
         self._run, self._cfg, self._plan, self._comm = Path(cfg.run), cfg, plan, comm
-        self._attempt = attempt
+        self._attempt, self._pulse = attempt, pulse or Pulse()
+        self._stragglers = Stragglers(
+            comm,
+            self._pulse,
+            slow_rank_ratio=cfg.watchdog.slow_rank_ratio,
+            is_forward_own=cfg.engine.zero_stage < 3,
+        )
         self._accounts = (
             Accounts(self._run, cfg, plan, attempt=attempt, launcher_pid=launcher_pid)
             if comm.rank == 0
@@ -153,10 +182,22 @@ class Bookkeeper:
     @contextmanager
     def span(self, bucket: str) -> Iterator[None]:
         """Account the time inside to a bucket of the ledger."""
+        before = self._pulse.enter(PHASES[bucket])
+        with self._accounted(bucket):
+            yield
+        self._pulse.enter(before)
+
+    @contextmanager
+    def _accounted(self, bucket: str) -> Iterator[None]:
         with ExitStack() as stack:
             if self._accounts:
                 stack.enter_context(self._accounts.span(bucket))
             yield
+
+    def at(self, phase: str) -> None:
+        """Tell the watchdog what this rank does, and how long it did what it did before."""
+        self._pulse.enter(phase)
+        self._stragglers.enter(phase)
 
     def begin(self, built: Built, progress: Progress) -> None:
         """Training of what was built starts or goes on from `progress`."""
@@ -184,12 +225,21 @@ class Bookkeeper:
         if self._accounts:
             self._record_stream(progress)
             self._accounts.begin(progress)
+        self._pulse.step = progress.step + 1
+        self._pulse.enter("log")
 
     def after_step(self, progress: Progress, facts: StepFacts) -> None:
         """Log the step; save when due."""
+        self._pulse.finish_step(progress.step)
+        self.at("log")
         if self._accounts:
-            self._accounts.after_step(progress, facts)
-        with self.span("checkpoint_stall"):
+            self._accounts.count(progress)
+        last = progress.step == self._plan.total_steps
+        if progress.step % self._cfg.logging.every_steps == 0 or progress.step == 1 or last:
+            slowest = self._stragglers.compare()
+            if self._accounts:
+                self._accounts.log_step(progress, facts, slowest)
+        with self._accounted("checkpoint_stall"):  # no wait for a disk, so nothing to be patient of
             self._saver.poll()
         if progress.step % self._plan.checkpoint_every_steps == 0:
             self.save(progress)
@@ -210,6 +260,7 @@ class Bookkeeper:
             self._accounts.roll_back(progress.step, state.step)
         progress.stream = self._built.feed.begin(state.stream)
         progress.step, progress.images_seen = state.step, state.images_seen
+        self._pulse.step = state.step + 1
         self._built.guard.forget(state.losses)
 
     def save(self, progress: Progress) -> None:
@@ -269,5 +320,6 @@ class Bookkeeper:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._pulse.enter("end")
         if self._accounts:
             self._accounts.close(exit_code=0 if kind is None else 1)

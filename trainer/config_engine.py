@@ -129,8 +129,11 @@ class WatchdogConfig:
     """When a run counts as stuck, and which ranks as slow."""
 
     timeout_s: PositiveFloat
-    """A step that takes longer ends the attempt, with the stacks of all ranks in their logs."""
+    """A step that takes longer ends the attempt, with the stacks of all ranks in their logs and
+    exit code 85: start it again."""
     first_step_timeout_s: PositiveFloat
-    """The same before the first step is done: loading and compiling take their time."""
+    """The same for what may take its time: loading and compiling until the first step is done,
+    saving, going back to an earlier state."""
     slow_rank_ratio: Annotated[float, Field(gt=1)]
-    """A rank whose own time per step is this many times the median of all is named as slow."""
+    """A rank whose own time per step, waiting for data and the forward pass, is more than this many
+    times the median of all is named as slow."""

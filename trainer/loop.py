@@ -58,6 +58,9 @@ class Observer(Protocol):
     def span(self, bucket: str) -> AbstractContextManager[None]:
         """Account the time inside to a bucket of the ledger."""
 
+    def at(self, phase: str) -> None:
+        """Hear what this rank does from now on, of what a step consists of."""
+
     def after_step(self, progress: Progress, facts: StepFacts) -> None:
         """Hear of a finished step."""
 
@@ -116,8 +119,11 @@ def take_step(
     for _ in range(plan.accumulation_steps):
         with observer.span("data_stall"):
             batch = next(batches)
+        observer.at("forward")
         loss_B = parts.objective(engine.model, batch, progress.images_seen)
+        observer.at("backward")
         engine.backward(loss_B.mean())
+        observer.at("update")
         engine.micro_step()
         ids.append(batch.ids_B)
         losses.append(loss_B.detach())
@@ -127,6 +133,7 @@ def take_step(
     progress.images_seen += plan.images_per_step
     progress.stream = parts.advance(progress.stream)
     parts.ema.update(images_per_step=plan.images_per_step, images_seen=progress.images_seen)
+    observer.at("agreement")
     # One small collective a step: the loss over all ranks, and whether any was told to stop.
     loss_sum = float(mine.losses.sum())
     total, stopping = parts.comm.sum([loss_sum, float(stop.received is not None)])

@@ -18,6 +18,7 @@ from trainer.place import storage
 from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
+from trainer.runtime.ending import read_stuck
 from trainer.runtime.local import CPU_ENV, run_ranks
 from trainer.runtime.rundir import (
     attempt_dir,
@@ -87,10 +88,13 @@ def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:
             **(CPU_ENV if cfg.cluster.device == "cpu" else {}),
         },
     )
-    if code == EXIT_REQUEUE:
-        log.info("the same command continues: kiln train %s", " ".join(sys.argv[2:]))
-        return 128 + signal.SIGINT
-    return code
+    if code != EXIT_REQUEUE:
+        return code
+    stuck = read_stuck(attempt_dir(folder, attempt))
+    if stuck is not None:
+        log.error("%s The stacks of its ranks are in their logs.", stuck)
+    log.info("the same command continues: kiln train %s", " ".join(sys.argv[2:]))
+    return 128 + signal.SIGINT if stuck is None else EXIT_REQUEUE
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,7 +5,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from trainer.bookkeeping import Bookkeeper
@@ -17,12 +19,15 @@ from trainer.loop import train
 from trainer.place import place, storage_errors
 from trainer.plan import Plan, make_plan
 from trainer.runtime.checkpoint import read_state
-from trainer.runtime.comm import Comm
+from trainer.runtime.comm import Comm, is_echo
+from trainer.runtime.ending import cause, read_failures, read_stuck, write_failure
 from trainer.runtime.env import read_rank_env
 from trainer.runtime.local import die_with_parent, launcher_pid
-from trainer.runtime.rundir import checkpoints_of, complete
+from trainer.runtime.pulse import Pulse
+from trainer.runtime.rundir import attempt_dir, checkpoints_of, complete
 from trainer.runtime.saver import Superseded
 from trainer.runtime.signals import EXIT_FINAL, EXIT_REQUEUE, StopFlag
+from trainer.runtime.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -38,31 +43,63 @@ def plan_from(cfg: TrainConfig, run: Path) -> Plan:
 
 def work(run: Path) -> int:
     """Train the run as one of its ranks; return 0 when it is done, 85 when it should continue."""
-    stop = StopFlag()
+    stop, pulse = StopFlag(), Pulse()
     cfg = read_yaml(TrainConfig, run / "config.yaml")
     env, plan = read_rank_env(), plan_from(cfg, run)
-    comm = Comm(env, cfg.cluster.device)
-    with (
-        storage_errors(place(cfg.data.dataset)),
-        Bookkeeper(cfg, plan, comm, attempt=env.attempt, launcher_pid=launcher_pid()) as books,
-    ):
-        with books.span("restore"):
-            checkpoint = find_checkpoint(checkpoints_of(cfg), comm)
-        built = build(cfg, plan, comm, read_state(checkpoint) if checkpoint else None)
-        with books.span("restore"):
-            progress = restore(built, checkpoint)
-        if env.rank == 0:
-            log.info(
-                "%s: attempt %d, step %d of %d", run, env.attempt, progress.step, plan.total_steps
-            )
-        books.begin(built, progress)
-        finished = train(built.parts(), progress, stop, books)
-        books.finish(progress)
-    comm.close()
+    with Watchdog(attempt_dir(run, env.attempt), env, cfg.watchdog, pulse):
+        comm = Comm(env, cfg.cluster.device)
+        with (
+            storage_errors(place(cfg.data.dataset)),
+            Bookkeeper(
+                cfg, plan, comm, attempt=env.attempt, launcher_pid=launcher_pid(), pulse=pulse
+            ) as books,
+        ):
+            with books.span("restore"):
+                checkpoint = find_checkpoint(checkpoints_of(cfg), comm)
+            built = build(cfg, plan, comm, read_state(checkpoint) if checkpoint else None)
+            with books.span("restore"):
+                progress = restore(built, checkpoint)
+            if env.rank == 0:
+                where = (progress.step, plan.total_steps)
+                log.info("%s: attempt %d, step %d of %d", run, env.attempt, *where)
+            books.begin(built, progress)
+            finished = train(built.parts(), progress, stop, books)
+            books.finish(progress)
+        comm.close()
     if env.rank == 0:
         words = "finished" if finished else f"stopped by {stop.received or 'another rank'}, saved"
         log.info("%s: %s at step %d of %d", run, words, progress.step, plan.total_steps)
     return 0 if finished else EXIT_REQUEUE
+
+
+def ended(work: Callable[[], int], run: Path) -> int:
+    """Do a rank's work and return its exit code; an error is said, and left to the others."""
+    try:
+        return work()
+    except (BadInput, BadWorld) as error:
+        print(f"kiln train: {error}", file=sys.stderr)
+        code = (
+            2 if isinstance(error, BadInput) else EXIT_FINAL if isinstance(error, Superseded) else 1
+        )
+        return _leave(run, str(error), code, echo=False)
+    except BaseException as error:
+        traceback.print_exc()
+        last_line = traceback.format_exception_only(error)[-1].strip()
+        return _leave(run, last_line, 1, echo=is_echo(error))
+
+
+def _leave(run: Path, error: str, code: int, *, echo: bool) -> int:
+    """Write down what ended this rank; an echo of another one's end gives way to that."""
+    with suppress(BadWorld):  # started by hand: there are no others
+        env = read_rank_env()
+        folder = attempt_dir(run, env.attempt)
+        write_failure(folder, env.rank, error, is_echo=echo)
+        first = cause(read_failures(folder).values())
+        if echo and read_stuck(folder) is not None:
+            return EXIT_REQUEUE
+        if echo and first is not None and not first.is_echo:
+            print(f"kiln train: {first}", file=sys.stderr)
+    return code
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,16 +109,8 @@ def main(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    try:
-        code = work(Path(argv[0]))
-    except (BadInput, BadWorld) as error:
-        print(f"kiln train: {error}", file=sys.stderr)
-        code = (
-            2 if isinstance(error, BadInput) else EXIT_FINAL if isinstance(error, Superseded) else 1
-        )
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+    run = Path(argv[0])
+    code = ended(partial(work, run), run)
     sys.stdout.flush()
     sys.stderr.flush()
     # Other ranks may be dead: the collectives' threads would wait for them at a normal exit.

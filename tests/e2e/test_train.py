@@ -153,6 +153,17 @@ def test_ctrl_c_saves_and_the_same_command_continues(encoded, whole, tmp_path):
     assert orders[0] == orders[1]
 
 
+def test_a_stopped_rank_is_named_and_all_are_ended(encoded, tmp_path):
+    run = tmp_path / "run"
+    process = start(*words(encoded, run, **{"watchdog.timeout_s": 4}))
+    wait_for_step(run, 7, process)
+    psutil.Process(process.pid).children()[1].send_signal(signal.SIGSTOP)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 85, said
+    assert "held up by rank 1 on " in said
+    assert "the same command continues" in said.splitlines()[-1]
+
+
 def test_one_rank_gives_the_losses_of_two_and_may_take_over_in_the_middle(encoded, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("step_00000015", "step_00000020"))

@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -11,14 +10,13 @@ import torch
 from tests.multiproc.toy_rank import REPLACED, network
 from tests.multiproc.toys import STEPS, assert_equal, everything, interrupted, log, run_toy
 from tests.tiny import tiny_config
-from trainer.errors import BadInput, BadWorld
+from trainer.errors import BadInput
 from trainer.observe.accounts import close_check, totals
 from trainer.observe.jsonl import read_rows
 from trainer.observe.ledger import Bucket
 from trainer.runtime.checkpoint import newest_valid, read_record, verify
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.ema import decays
-from trainer.runtime.local import run_ranks
 from trainer.runtime.rundir import RECORD, complete, step_of
 from trainer.runtime.signals import EXIT_REQUEUE
 from trainer.runtime.weights import read_weights
@@ -225,10 +223,3 @@ def test_a_half_written_checkpoint_does_not_count(runs, tmp_path):
     assert newest_valid(run / "checkpoints") == complete(run / "checkpoints")[-1] != last
     with pytest.raises(BadInput, match="no complete checkpoint; train it first"):
         read_weights(tmp_path / "nothing", "ema")
-
-
-def test_a_rank_that_dies_ends_the_others_and_its_log_is_shown(tmp_path):
-    started_s = time.monotonic()
-    with pytest.raises(BadWorld, match=r"(?s)rank 1 of 2 ended with code 1.*is on fire"):
-        run_ranks("tests.multiproc.dying_rank", [], num_ranks=2, log_dir=tmp_path, env={})
-    assert time.monotonic() - started_s < 30

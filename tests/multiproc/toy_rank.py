@@ -5,7 +5,9 @@ Resumes what lies in the run.
 """
 
 import os
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,9 +28,12 @@ from trainer.runtime.ema import Ema, decays
 from trainer.runtime.engine import Engine
 from trainer.runtime.env import read_rank_env
 from trainer.runtime.guard import Guard
+from trainer.runtime.pulse import Pulse
 from trainer.runtime.rollback import excluded_ids
-from trainer.runtime.rundir import checkpoints_of
+from trainer.runtime.rundir import attempt_dir, checkpoints_of
 from trainer.runtime.signals import EXIT_REQUEUE, StopFlag
+from trainer.runtime.watchdog import Watchdog
+from trainer.worker import ended
 
 GLOBAL = 8
 REPLACED = 1_000_000
@@ -40,12 +45,30 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 11, bias=False), nn.Linear(11, 1))
 
 
+def act(acts, ids):
+    """Do what is to be done when a sample is met."""
+    for number in ids:
+        if number in acts:
+            acts[number]()
+
+
+class SlowToSave(Bookkeeper):
+    """Needs a while for every checkpoint."""
+
+    save_s = 0.0
+
+    def save(self, progress):
+        with self.span("checkpoint_stall"):
+            time.sleep(self.save_s)
+        super().save(progress)
+
+
 class ToyFeed:
     """Sample n is a draw keyed by n; one that is left out is replaced by number n + REPLACED."""
 
-    def __init__(self, rank, world, micro, excluded, shape):
-        self._rank, self._world, self._micro, self._shape = rank, world, micro, shape
-        self._excluded = set(excluded)
+    def __init__(self, pace, excluded, shape, acts):
+        self._rank, self._world, self._micro = pace
+        self._shape, self._excluded, self._acts = shape, set(excluded), acts
 
     def begin(self, saved):
         return State(saved["samples"] if saved else 0, (), ())
@@ -67,6 +90,7 @@ class ToyFeed:
                     n + REPLACED if n in self._excluded else n
                     for n in mine[first : first + self._micro]
                 ]
+                act(self._acts, ids)
                 x = torch.stack(
                     [
                         torch.randn(self._shape, generator=torch.Generator().manual_seed(n))
@@ -80,15 +104,16 @@ class ToyFeed:
 class ToyObjective:
     """Learn the sum of five numbers; some samples have no finite loss, or one that is far off."""
 
-    def __init__(self, *, nan_ids=(), wild_ids=(), told=None):
+    def __init__(self, *, nan_ids=(), wild_ids=(), told=None, acts=()):
         self._nan_ids, self._wild_ids = (
             torch.tensor(list(ids), dtype=torch.int64) for ids in (nan_ids, wild_ids)
         )
-        self._told = told
+        self._told, self._acts = told, dict(acts)
 
     def __call__(self, model, batch, _images_seen):
         if self._told and self._told[0] in batch.ids_B.tolist():
             os.kill(os.getpid(), self._told[1])
+        act(self._acts, batch.ids_B.tolist())
         x = batch.pictures_BCHW
         dtype = next(model.parameters()).dtype
         target_B = x.sum(1) + 1000 * torch.isin(batch.ids_B, self._wild_ids)
@@ -96,25 +121,49 @@ class ToyObjective:
         return loss_B * torch.where(torch.isin(batch.ids_B, self._nan_ids), torch.nan, 1.0)
 
 
-def train_toy(folder, steps, changes, *, told=None, allow_fp16=False, **faults):
+def train_toy(folder, steps, changes, **faults):
     """Be one rank of a run.
 
     Args:
         folder: Of the run.
         steps: To train in all.
         changes: Config keys and their values.
-        told: A sample and a signal: the rank that meets the sample gets the signal.
-        allow_fp16: See below.
-        faults: Of `ToyObjective`.
+        faults: Of `_train` below.
 
     Returns:
         0 when all steps are done, 85 when the run should be started again.
     """
-    if allow_fp16:  # DeepSpeed refuses it where it is slow, not where it is wrong
+    return ended(partial(_train, folder, steps, changes, **faults), Path(folder))
+
+
+def _train(
+    folder,
+    steps,
+    changes,
+    *,
+    told=None,
+    allow_fp16=False,
+    feed_acts=(),
+    save_s=0.0,
+    **faults,
+):
+    """Train.
+
+    Args:
+        folder: Of the run.
+        steps: To train in all.
+        changes: Config keys and their values.
+        told: A sample and a signal: the rank that meets the sample gets the signal.
+        allow_fp16: DeepSpeed refuses it where it is slow, not where it is wrong.
+        feed_acts: Sample -> what happens when it is read.
+        save_s: What a checkpoint takes longer than it does.
+        faults: Of `ToyObjective`; its `acts` are what happens in the forward pass.
+    """
+    if allow_fp16:
         get_accelerator().is_fp16_supported = lambda: True
     env = read_rank_env()
     torch.set_num_threads(1)
-    stop = StopFlag()
+    stop, pulse = StopFlag(), Pulse()
     changes = {key.replace(".", "__"): value for key, value in changes.items()}
     cfg = tiny_config(
         run=str(folder),
@@ -123,36 +172,44 @@ def train_toy(folder, steps, changes, *, told=None, allow_fp16=False, **faults):
         batch__global_batch_images=GLOBAL,
         **{"batch__micro_batch_images": GLOBAL // env.world, **changes},
     )
-    run = Path(cfg.run)
+    run, plan = Path(cfg.run), make_plan(cfg)
     if env.rank == 0:
         write_yaml(cfg, run / "config.yaml")
-    comm, plan = Comm(env, "cpu"), make_plan(cfg)
-    with Bookkeeper(cfg, plan, comm, attempt=env.attempt, launcher_pid=None) as books:
-        model, objective, shape = network(), ToyObjective(told=told, **faults), (5,)
-        if cfg.model.kind == "autoencoder_kl":
-            model, objective = build_model(cfg), build_reconstruction(cfg, comm.device)
-            shape = (3, cfg.encoders.image_side_px, cfg.encoders.image_side_px)
-        shapes = {name: list(param.shape) for name, param in model.named_parameters()}
-        engine = Engine(model, cfg, plan, comm)
-        checkpoint = find_checkpoint(checkpoints_of(cfg), comm)
-        recent = read_state(checkpoint).losses if checkpoint else []
-        built = Built(
-            cfg=cfg,
-            plan=plan,
-            comm=comm,
-            engine=engine,
-            ema=Ema(engine.fragments, decays(cfg.ema)),
-            guard=Guard(cfg.rollback, recent),
-            objective=objective,
-            feed=ToyFeed(
-                env.rank, env.world, cfg.batch.micro_batch_images, excluded_ids(run), shape
-            ),
-            shapes=shapes,
-            fingerprints=("dataset", "encoding"),
-        )
-        progress = restore(built, checkpoint)
-        books.begin(built, progress)
-        finished = train(built.parts(), progress, stop, books)
-        books.finish(progress)
-    comm.close()
+    with Watchdog(attempt_dir(run, env.attempt), env, cfg.watchdog, pulse):
+        comm = Comm(env, "cpu")
+        SlowToSave.save_s = save_s
+        with SlowToSave(
+            cfg, plan, comm, attempt=env.attempt, launcher_pid=None, pulse=pulse
+        ) as books:
+            model, objective, shape = network(), ToyObjective(told=told, **faults), (5,)
+            if cfg.model.kind == "autoencoder_kl":
+                model, objective = build_model(cfg), build_reconstruction(cfg, comm.device)
+                shape = (3, cfg.encoders.image_side_px, cfg.encoders.image_side_px)
+            pace = (env.rank, env.world, cfg.batch.micro_batch_images)
+            feed = ToyFeed(pace, excluded_ids(run), shape, dict(feed_acts))
+            built, progress = assemble(cfg, plan, comm, model, objective, feed)
+            books.begin(built, progress)
+            finished = train(built.parts(), progress, stop, books)
+            books.finish(progress)
+        comm.close()
     return 0 if finished else EXIT_REQUEUE
+
+
+def assemble(cfg, plan, comm, model, objective, feed):
+    """Build the toy, and bring it to where its newest checkpoint stands."""
+    shapes = {name: list(param.shape) for name, param in model.named_parameters()}
+    engine = Engine(model, cfg, plan, comm)
+    checkpoint = find_checkpoint(checkpoints_of(cfg), comm)
+    built = Built(
+        cfg=cfg,
+        plan=plan,
+        comm=comm,
+        engine=engine,
+        ema=Ema(engine.fragments, decays(cfg.ema)),
+        guard=Guard(cfg.rollback, read_state(checkpoint).losses if checkpoint else []),
+        objective=objective,
+        feed=feed,
+        shapes=shapes,
+        fingerprints=("dataset", "encoding"),
+    )
+    return built, restore(built, checkpoint)

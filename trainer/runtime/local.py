@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from trainer.errors import BadWorld
+from trainer.runtime.ending import Failure, cause, read_failures, read_stuck
+from trainer.runtime.signals import EXIT_REQUEUE
 
 CPU_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """Makes glibc keep what a step freed for the next one. By default it gives large blocks back to the
@@ -20,7 +22,8 @@ kernel, which then zeroes their pages again, every step."""
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
-_GRACE_S = 10.0
+_SETTLE_S = 1.0
+_GRACE_S = 5.0
 _TAIL_LINES = 15
 
 
@@ -37,10 +40,11 @@ def run_ranks(
     Rank 0 shares this terminal; the others write to `log_dir/rank_00001.log` and so on.
 
     Returns:
-        The exit code that all ranks agree on.
+        The exit code that all ranks agree on; 85 when they were stuck, of which `read_stuck` tells.
 
     Raises:
-        BadWorld: A rank died; the others were ended, and the message holds that rank's last lines.
+        BadWorld: A rank died; the others were ended, and the message ends with the error of the
+            rank that did so first.
     """
     port = _free_port()
     with ExitStack() as stack:
@@ -96,29 +100,57 @@ def launcher_pid() -> int | None:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
-    while True:
-        codes = [process.poll() for process in ranks]
-        if all(code is not None for code in codes):
-            if len(set(codes)) == 1:
-                assert codes[0] is not None
-                if codes[0] >= 0:
-                    return codes[0]
-            break
-        if any(code is not None and (code < 0 or code in {1, 2}) for code in codes):
+    ended_s: dict[int, float] = {}
+    trouble_s = None
+    while len(ended_s) < len(ranks):
+        now_s = time.time()
+        for rank, process in enumerate(ranks):
+            if process.poll() is not None:
+                ended_s.setdefault(rank, now_s)
+        if trouble_s is None and _is_trouble(ranks, log_dir):
+            trouble_s = now_s
+        # Other ranks may follow of themselves, or say an earlier error, at which this one ended.
+        if trouble_s is not None and now_s - trouble_s > _SETTLE_S:
             break
         time.sleep(_POLL_S)
-    # A failing rank often takes others with it; the first with its own error speaks for all.
-    failed = next(rank for rank, code in enumerate(codes) if code)
-    log_file = log_dir / f"rank_{failed:05d}.log"
-    tail = _tail(log_file) if failed else "see above"
-    code = codes[failed]
-    how = (
-        f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"code {code}"
-    )
+    return _outcome(ranks, ended_s, log_dir)
+
+
+def _outcome(ranks: list[subprocess.Popen[bytes]], ended_s: dict[int, float], log_dir: Path) -> int:
+    if read_stuck(log_dir) is not None:
+        return EXIT_REQUEUE
+    codes = {process.returncode for process in ranks}
+    failures = read_failures(log_dir)
+    all_alike = len(failures) in {0, len(ranks)} and len({f.error for f in failures.values()}) <= 1
+    if len(codes) == 1 and all_alike and (code := codes.pop()) is not None and code >= 0:
+        return code
+    for rank, time_s in ended_s.items():
+        if (code := ranks[rank].returncode) and rank not in failures:
+            failures[rank] = Failure(rank, "", time_s, _how(code), is_echo=False)
+    first = cause(failures.values())
+    assert first is not None
+    how = _how(ranks[first.rank].returncode)
+    words = ["above."] if first.rank == 0 else _tail(log_dir / f"rank_{first.rank:05d}.log")
+    if first.error not in {how, words[-1]}:
+        words.append(first.error)
     raise BadWorld(
-        f"rank {failed} of {len(ranks)} ended with {how}; the others were stopped. What "
-        f"was saved stands and the same command continues from it. Its log: {tail}"
+        f"rank {first.rank} of {len(ranks)} {how}; the others were stopped. What was saved stands "
+        "and the same command continues from it. Its log: " + "\n".join(words)
     )
+
+
+def _is_trouble(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> bool:
+    """Say whether a rank has ended so that the others cannot go on."""
+    codes = [process.returncode for process in ranks if process.returncode is not None]
+    return any(code < 0 or code in {1, 2} for code in codes) or (
+        any(codes) and read_stuck(log_dir) is not None
+    )
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "failed"
+    return f"ended with {f'signal {signal.Signals(-code).name}' if code < 0 else f'code {code}'}"
 
 
 def _forward_signals(stack: ExitStack, ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -156,6 +188,6 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _tail(path: Path) -> str:
+def _tail(path: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join([str(path), *lines[-_TAIL_LINES:]])
+    return [str(path), *lines[-_TAIL_LINES:]]

@@ -1,4 +1,5 @@
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,28 @@ def test_the_script_is_what_was_reviewed(name, job):
     if "KILN_WRITE_GOLDEN" in os.environ:
         path.write_text(sbatch_script(job))
     assert sbatch_script(job) == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("srun", "requeued"),
+    [("exit 0", False), ("exit 1", False), ("exit 85", True), ('touch "$MARK"; exit 137', True)],
+)
+def test_a_job_comes_back_when_its_ranks_say_so_even_if_slurm_had_to_kill_one(
+    tmp_path, monkeypatch, srun, requeued
+):
+    mark = tmp_path / "run/attempts/002/stuck.json"
+    mark.parent.mkdir(parents=True)
+    mark.touch()  # of an earlier job
+    for name, does in (("srun", srun), ("scontrol", f'echo "$@" >>{tmp_path}/said')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    script = sbatch_script(replace(JOB, run=tmp_path / "run"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_RESTART_COUNT": "2"}
+    for key, value in {**slurm, "MARK": str(mark)}.items():
+        monkeypatch.setenv(key, value)
+    subprocess.run(["bash", "-c", script], check=False)
+    assert ("requeue 7" in (tmp_path / "said").read_text()) == requeued
 
 
 def test_a_warning_before_the_start_is_refused():
