@@ -96,7 +96,7 @@ def test_interrupted_equals_uninterrupted_in_every_engine(tmp_path, changes):
 
 def test_a_precision_that_the_device_has_not_is_refused(tmp_path):
     settings = {"engine.precision": "fp16"}
-    run_toy(tmp_path / "run", 1, 1, code=1, **settings)
+    run_toy(tmp_path / "run", 1, 1, code=2, **settings)
     assert "computes no fp16 on this cpu. Try engine.precision=fp32" in log(tmp_path / "run")
 
 

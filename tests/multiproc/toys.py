@@ -16,10 +16,11 @@ from trainer.runtime.tensors import read_wanted, stored_tensors
 STEPS = 4
 
 
-def run_toy(
-    run, stage, world, *, steps=STEPS, code=0, told=None, allow_fp16=False, faults=(), **changes
-):
-    """Train, expect an exit code of all ranks, and return the losses by step."""
+def run_toy(run, stage, world, *, steps=STEPS, code=0, faults=(), **changes):
+    """Train, expect an exit code of all ranks, and return the losses by step.
+
+    `faults` are options of `train_toy`, `changes` keys of the config.
+    """
     run.mkdir(exist_ok=True)
     settings = {"checkpoint.every_images": 16, **changes, "engine.zero_stage": stage}
     main = partial(train_toy, **dict(faults))
