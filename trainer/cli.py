@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from trainer.errors import BadInput, BadWorld
+from trainer.errors import BadInput, BadWorld, disk_full
 
 # Imported by name, so that a laptop's `kiln --help` loads neither torch nor img2dataset.
 COMMANDS = {
@@ -89,15 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"kiln {name}: interrupted; the same command continues.", file=sys.stderr)
         return EXIT_INTERRUPTED
-
-
-def disk_full(error: OSError) -> str:
-    """Say where the disk is full and what still stands."""
-    place = error.filename or "the output folder"
-    return (
-        f"the disk is full at {place}. Everything published before is valid: "
-        "free some space, or choose another folder, and give the same command again."
-    )
 
 
 if __name__ == "__main__":

@@ -11,3 +11,12 @@ class BadWorld(RuntimeError):
 
 class BadData(BadInput):
     """Content of a dataset that is not what its manifest says; a stream replaces and counts it."""
+
+
+def disk_full(error: OSError) -> str:
+    """Say where the disk is full and what still stands."""
+    place = error.filename or "the output folder"
+    return (
+        f"the disk is full at {place}. Everything published before is valid: "
+        "free some space, or choose another folder, and give the same command again."
+    )

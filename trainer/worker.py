@@ -1,5 +1,6 @@
 """One rank of a run: reads the frozen config, builds, restores, trains, saves."""
 
+import errno
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from trainer.bookkeeping import Bookkeeper
 from trainer.build import build, find_checkpoint, restore
 from trainer.config import TrainConfig
-from trainer.errors import BadInput, BadWorld
+from trainer.errors import BadInput, BadWorld, disk_full
 from trainer.frozen import read_yaml
 from trainer.loop import train
 from trainer.place import place, storage_errors
@@ -83,6 +84,9 @@ def ended(work: Callable[[], int], run: Path) -> int:
         )
         return _leave(run, str(error), code, echo=False)
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            print(f"kiln train: {disk_full(error)}", file=sys.stderr)
+            return _leave(run, disk_full(error), 1, echo=False)
         traceback.print_exc()
         last_line = traceback.format_exception_only(error)[-1].strip()
         return _leave(run, last_line, 1, echo=is_echo(error))

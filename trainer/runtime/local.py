@@ -121,8 +121,11 @@ def _outcome(ranks: list[subprocess.Popen[bytes]], ended_s: dict[int, float], lo
         return EXIT_REQUEUE
     codes = {process.returncode for process in ranks}
     failures = read_failures(log_dir)
-    all_alike = len(failures) in {0, len(ranks)} and len({f.error for f in failures.values()}) <= 1
-    if len(codes) == 1 and all_alike and (code := codes.pop()) is not None and code >= 0:
+    # Of a failure that all ranks agree on each has said why; on a full disk they could not.
+    agreed = len(failures) == len(ranks) and len({f.error for f in failures.values()}) == 1
+    code = ranks[0].returncode
+    is_quiet = agreed or (not failures and code not in {1, 2})
+    if len(codes) == 1 and code is not None and code >= 0 and is_quiet:
         return code
     for rank, time_s in ended_s.items():
         if (code := ranks[rank].returncode) and rank not in failures:

@@ -2,7 +2,8 @@ import importlib
 
 import pytest
 
-from trainer.cli import COMMANDS, disk_full, main
+from trainer.cli import COMMANDS, main
+from trainer.errors import disk_full
 
 
 def test_usage_names_every_command(capsys):
