@@ -57,7 +57,7 @@ def kiln(cfg: TrainConfig, comm: Comm) -> dict[str, float]:
     seen = {"images_per_step": plan.images_per_step, "images_seen": cfg.total_images}
     found["ema_s"] = median_s(lambda: built.ema.update(**seen))
     micro = cfg.batch.micro_batch_images
-    shape = (4, 16, 16) if cfg.model.kind == "autoencoder_kl" else latent_shape(cfg)
+    shape = latent_shape(cfg)
     who = (cfg.seed, torch.arange(micro), torch.zeros(micro, dtype=torch.int64))
 
     def draw() -> None:
@@ -178,6 +178,7 @@ def main() -> None:
     cfg = compose(TrainConfig, "train", args["words"])
     comm = Comm(env, "cpu")
     if env.rank == 0:
+        Path(cfg.run).mkdir()
         write_yaml(cfg, Path(cfg.run) / "config.yaml")
     system = args["system"]
     found = kiln(cfg, comm) if system == "kiln" else bare(cfg, comm, how=system)

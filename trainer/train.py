@@ -19,7 +19,7 @@ from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.ending import read_stuck
-from trainer.runtime.local import CPU_ENV, run_ranks
+from trainer.runtime.local import run_ranks
 from trainer.runtime.rundir import (
     attempt_dir,
     checkpoints_of,
@@ -85,7 +85,6 @@ def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:
         env={
             "KILN_ATTEMPT": str(attempt),
             "OMP_NUM_THREADS": str(cfg.engine.threads_per_rank),
-            **(CPU_ENV if cfg.cluster.device == "cpu" else {}),
         },
     )
     if code != EXIT_REQUEUE:

@@ -53,10 +53,6 @@ class Comm:
         dist.all_gather(all_, mine)
         return [bytes(each) for each in torch.stack(all_).cpu().numpy()]
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        dist.barrier()
-
     def close(self) -> None:
         """Leave the group."""
         dist.destroy_process_group()

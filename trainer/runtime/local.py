@@ -16,10 +16,6 @@ from trainer.errors import BadWorld
 from trainer.runtime.ending import Failure, cause, read_failures, read_stuck
 from trainer.runtime.signals import EXIT_REQUEUE
 
-CPU_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""Makes glibc keep what a step freed for the next one. By default it gives large blocks back to the
-kernel, which then zeroes their pages again, every step."""
-
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
 _SETTLE_S = 1.0
