@@ -55,25 +55,36 @@ class LatentObjective:
         """Return ``(B,)`` losses; the draws depend on seed, sample and visit alone."""
         assert isinstance(batch, LatentBatch)
         shape = batch.mean_BCHW.shape[1:]
-        who = (self._seed, batch.ids_B, batch.visits_B)
-        posterior = philox.normals(*who, purpose=philox.LATENT, shape=shape)
+        num_words = philox.words_of_normals(shape)
+        words = philox.words(
+            self._seed,
+            batch.ids_B,
+            batch.visits_B,
+            counts={
+                philox.LATENT: num_words,
+                philox.NOISE: num_words,
+                philox.TIME: 1,
+                philox.CAPTION_DROPOUT: 1,
+            },
+        )
+        posterior = philox.as_normals(words[philox.LATENT], shape)
         latents = batch.mean_BCHW + (0.5 * batch.logvar_BCHW).exp() * posterior
         x0_BCHW = (latents - self._shift) / self._scale
-        noise_BCHW = philox.normals(*who, purpose=philox.NOISE, shape=shape)
-        u_B = philox.uniforms(*who, purpose=philox.TIME, count=1)[:, 0]
-        text_BLD, mask_BL = self._drop_captions(batch)
+        noise_BCHW = philox.as_normals(words[philox.NOISE], shape)
+        time_u_B, dropout_u_B = (
+            philox.as_uniforms(words[purpose])[:, 0]
+            for purpose in (philox.TIME, philox.CAPTION_DROPOUT)
+        )
+        text_BLD, mask_BL = self._drop_captions(batch, dropout_u_B)
 
         def predict(x_t: Tensor, time_B: Tensor) -> Tensor:
             out: Tensor = model(x_t, time_B, text_BLD, mask_BL)
             return out
 
-        loss_B = self._loss(predict, x0_BCHW, noise_BCHW, self._times(u_B))
+        loss_B = self._loss(predict, x0_BCHW, noise_BCHW, self._times(time_u_B))
         return _weigh(loss_B, batch.weights_B)
 
-    def _drop_captions(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
-        u_B = philox.uniforms(
-            self._seed, batch.ids_B, batch.visits_B, purpose=philox.CAPTION_DROPOUT, count=1
-        )[:, 0]
+    def _drop_captions(self, batch: LatentBatch, u_B: Tensor) -> tuple[Tensor, Tensor]:
         dropped_B = u_B < self._caption_dropout
         num_tokens = max(batch.text_BLD.shape[1], len(self._null_text_LD))
         text_BLD = _pad_tokens(batch.text_BLD, num_tokens)

@@ -17,7 +17,9 @@ CUDA = torch.device("cuda")
 def test_draws_are_the_same_numbers():
     ids = torch.arange(1000)
     for device in ("cpu", CUDA):
-        words = philox.words(3, ids.to(device), ids.to(device), purpose=philox.NOISE, count=64)
+        words = philox.words(3, ids.to(device), ids.to(device), counts={philox.NOISE: 64})[
+            philox.NOISE
+        ]
         drawn = philox.normals(3, ids.to(device), ids.to(device), purpose=0, shape=(4, 8, 8))
         if device == "cpu":
             wanted = words, drawn

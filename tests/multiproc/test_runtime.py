@@ -48,6 +48,17 @@ def test_loss_of_every_step_is_the_same_in_every_layout(runs):
         assert losses == pytest.approx(expected, rel=1e-5), layout
 
 
+def test_norm_of_every_steps_gradient_is_the_same_in_every_layout(runs):
+    expected = grad_norms(runs[0, 1][0])
+    assert min(expected) > tiny_config().optim.clip_grad_norm, "nothing was clipped"
+    for layout, (run, _) in runs.items():
+        assert grad_norms(run) == pytest.approx(expected, rel=1e-5), layout
+
+
+def grad_norms(run):
+    return [row["train/grad_norm"] for row in read_rows(run / "metrics.jsonl")]
+
+
 def test_weights_moments_and_averages_are_the_same_in_every_layout(runs):
     expected = runs[0, 1][0]
     assert len(everything(expected)[1].averages) == 3

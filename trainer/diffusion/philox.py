@@ -11,7 +11,7 @@ Letters: ``B`` samples, ``N`` numbers per sample.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,44 +59,69 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     return c0, c1, c2, c3
 
 
-def words(seed: int, ids_B: Tensor, visits_B: Tensor, *, purpose: int, count: int) -> Tensor:
-    """Draw 32-bit words for samples.
+def words(
+    seed: int, ids_B: Tensor, visits_B: Tensor, *, counts: Mapping[int, int]
+) -> dict[int, Tensor]:
+    """Draw 32-bit words for samples, for several purposes at once.
 
     Args:
         seed: The run's seed; its low 64 bits are the key.
         ids_B: ``(B,)`` int64 sample ids; all 64 bits count.
         visits_B: ``(B,)`` int64, how often the sample was seen before (the epoch), below 2^32.
-        purpose: One of this module's purposes; different purposes never share a draw.
-        count: Words per sample, at most 2^26.
+        counts: Purpose -> words per sample, at most 2^26. Purposes are this module's; different
+            ones never share a draw, and what one gets does not depend on the others.
 
     Returns:
-        ``(B, count)`` int64 in [0, 2^32). A longer draw begins with the shorter one.
+        Purpose -> ``(B, count)`` int64 in [0, 2^32). A longer draw begins with the shorter one.
     """
-    num_blocks = -(-count // 4)
-    assert 0 <= purpose <= MAX_PURPOSE, purpose
-    assert num_blocks <= MAX_BLOCKS, count
+    num_blocks = {purpose: -(-count // 4) for purpose, count in counts.items()}
+    assert all(0 <= purpose <= MAX_PURPOSE for purpose in counts), counts
+    assert all(num <= MAX_BLOCKS for num in num_blocks.values()), counts
     ids, visits = ids_B.long()[:, None], visits_B.long()[:, None]
-    blocks = torch.arange(num_blocks, device=ids.device)[None, :] | (purpose << 24)
-    counter = (ids & _WORD, (ids >> 32) & _WORD, visits & _WORD, blocks)
+    blocks = torch.cat(
+        [
+            torch.arange(purpose << 24, (purpose << 24) + num, device=ids.device)
+            for purpose, num in num_blocks.items()
+        ]
+    )
+    counter = (ids & _WORD, (ids >> 32) & _WORD, visits & _WORD, blocks[None])
     drawn = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
-    return torch.stack(drawn, dim=2).flatten(1)[:, :count]
+    parts = torch.split(torch.stack(drawn, dim=2), list(num_blocks.values()), dim=1)
+    return {
+        purpose: part.flatten(1)[:, :count]
+        for (purpose, count), part in zip(counts.items(), parts, strict=True)
+    }
 
 
 def uniforms(seed: int, ids_B: Tensor, visits_B: Tensor, *, purpose: int, count: int) -> Tensor:
     """Draw ``(B, count)`` float32 strictly inside (0, 1); arguments as in `words`."""
-    drawn = words(seed, ids_B, visits_B, purpose=purpose, count=count)
-    # 23 bits and a half step: exact in float32, so neither 0 nor 1 can appear.
-    return ((drawn >> 9).float() + 0.5) * 2.0**-23
+    return as_uniforms(words(seed, ids_B, visits_B, counts={purpose: count})[purpose])
 
 
 def normals(
     seed: int, ids_B: Tensor, visits_B: Tensor, *, purpose: int, shape: Sequence[int]
 ) -> Tensor:
-    """Draw ``(B, *shape)`` float32 standard normals (Box-Muller); arguments as in `words`."""
+    """Draw ``(B, *shape)`` float32 standard normals; arguments as in `words`."""
+    drawn = words(seed, ids_B, visits_B, counts={purpose: words_of_normals(shape)})
+    return as_normals(drawn[purpose], shape)
+
+
+def words_of_normals(shape: Sequence[int]) -> int:
+    """Say how many words normals of a shape are made of."""
     count = math.prod(shape)
-    drawn = words(seed, ids_B, visits_B, purpose=purpose, count=count + count % 2)
-    unit = (drawn.double() + 0.5) * 2.0**-32
+    return count + count % 2
+
+
+def as_uniforms(words_BN: Tensor) -> Tensor:
+    """Turn words into as many float32 strictly inside (0, 1)."""
+    # 23 bits and a half step: exact in float32, so neither 0 nor 1 can appear.
+    return ((words_BN >> 9).float() + 0.5) * 2.0**-23
+
+
+def as_normals(words_BN: Tensor, shape: Sequence[int]) -> Tensor:
+    """Turn `words_of_normals` words into ``(B, *shape)`` float32 standard normals (Box-Muller)."""
+    unit = (words_BN.double() + 0.5) * 2.0**-32
     radius = torch.sqrt(-2.0 * torch.log(unit[:, 0::2]))
     angle = (2.0 * math.pi) * unit[:, 1::2]
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2)
-    return pairs.flatten(1)[:, :count].float().reshape(-1, *shape)
+    return pairs.flatten(1)[:, : math.prod(shape)].float().reshape(-1, *shape)

@@ -1,5 +1,6 @@
 """DeepSpeed behind the calls that the loop makes: forward, backward, step, fragments."""
 
+import sys
 from typing import Any
 
 import torch
@@ -9,8 +10,16 @@ from trainer.config import TrainConfig
 from trainer.config_engine import EngineConfig, OptimConfig
 from trainer.errors import BadInput
 from trainer.plan import Plan
+from trainer.runtime import shortcuts
 from trainer.runtime.comm import Comm
 from trainer.runtime.fragments import FragmentReader
+
+MAX_BUCKET_NUMBERS = 50_000_000
+
+
+def clips_itself(cfg: EngineConfig) -> bool:
+    """Say whether gradients are clipped here: DeepSpeed would go through them one by one."""
+    return cfg.zero_stage == 0 and cfg.precision == "fp32"
 
 
 def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
@@ -26,12 +35,17 @@ def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
         zero["offload_optimizer"] = on_host
     if engine.offload == "all":
         zero["offload_param"] = on_host
+    if engine.zero_stage in {1, 2}:
+        # The bucket that gradients are copied into. DeepSpeed's own would hold 2 GB.
+        zero["reduce_bucket_size"] = min(cfg.num_parameters, MAX_BUCKET_NUMBERS)
+    if engine.zero_stage == 1 and engine.offload == "none":
+        zero["contiguous_gradients"] = False  # gradients are added up where they are
     half = engine.precision != "fp32"
     return {
         "train_batch_size": cfg.batch.global_batch_images,
         "train_micro_batch_size_per_gpu": cfg.batch.micro_batch_images,
         "gradient_accumulation_steps": plan.accumulation_steps,
-        "gradient_clipping": cfg.optim.clip_grad_norm,
+        "gradient_clipping": 0.0 if clips_itself(engine) else cfg.optim.clip_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
@@ -86,9 +100,16 @@ class Engine:
             config=deepspeed_config(cfg, plan),
             dist_init_required=False,
         )
+        if cfg.engine.zero_stage in {1, 2}:
+            shortcuts.keep_views(self._engine.optimizer)
+            if cfg.cluster.device == "cpu":
+                shortcuts.gather_by_broadcast(sys.modules[type(self._engine.optimizer).__module__])
         # One rank has nobody to add its gradients to: without copying them to and fro.
         self._engine.enable_backward_allreduce = comm.world > 1 or cfg.engine.zero_stage > 0
         self._is_fp16 = cfg.engine.precision == "fp16"
+        self._clipped = params if clips_itself(cfg.engine) else []
+        self._clip_grad_norm = cfg.optim.clip_grad_norm
+        self._grad_norm: Tensor | None = None
         self.fragments = FragmentReader(self._engine, rank=comm.rank, world=comm.world)
 
     @property
@@ -102,6 +123,8 @@ class Engine:
 
     def micro_step(self) -> None:
         """Close one micro-batch; the last one of a step reduces, clips and updates the weights."""
+        if self._clipped and self._engine.is_gradient_accumulation_boundary():
+            self._grad_norm = nn.utils.clip_grad_norm_(self._clipped, self._clip_grad_norm)
         self._engine.step()
 
     def set_learning_rate(self, rate: float) -> None:
@@ -112,7 +135,8 @@ class Engine:
     @property
     def grad_norm(self) -> float:
         """Global gradient norm of the last update, before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        norm = self._engine.get_global_grad_norm() if self._grad_norm is None else self._grad_norm
+        return float(norm or 0.0)
 
     @property
     def overflowed(self) -> bool:

@@ -63,6 +63,15 @@ def test_a_longer_draw_begins_with_the_shorter_one():
     assert torch.equal(short, long[:, :3])
 
 
+def test_purposes_drawn_together_get_what_each_gets_alone():
+    who = (3, torch.tensor([4, -9]), torch.tensor([0, 3]))
+    counts = {philox.NOISE: 9, philox.TIME: 1, philox.SOLVER: 64, philox.MAX_PURPOSE: 4}
+    together = philox.words(*who, counts=counts)
+    for purpose, count in counts.items():
+        alone = philox.words(*who, counts={purpose: count})[purpose]
+        assert torch.equal(together[purpose], alone)
+
+
 def test_uniforms_are_uniform_and_inside():
     u = philox.uniforms(0, torch.arange(2000), torch.zeros(2000), purpose=philox.CROP, count=50)
     assert u.dtype == torch.float32
