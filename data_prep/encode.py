@@ -55,7 +55,8 @@ from trainer.data.manifest import (
 from trainer.data.null_text import NULL_TEXT, read_null_text
 from trainer.data.publish import file_sha256, publish_bytes, publish_json
 from trainer.errors import BadInput
-from trainer.models.encoders import load_frozen_encoders
+from trainer.models.autoencoders import Statistics
+from trainer.models.encoders import load_frozen_encoders, statistics_of
 from trainer.models.fingerprint import Identity, identify
 from trainer.observe.countdown import Countdown
 from trainer.place import NUM_REQUESTS, is_local, remove, storage
@@ -171,17 +172,12 @@ def make_encoding(work: Work) -> Encoding:
     )
 
 
-def latent_statistics(records: Sequence[SidecarRecord]) -> tuple[list[float], list[float]]:
+def latent_statistics(records: Sequence[SidecarRecord]) -> Statistics:
     """Return mean and standard deviation per channel of latents drawn from their posteriors."""
     num_values = sum(record.sums.num_values for record in records)
-    means, stds = [], []
-    for channel in range(records[0].latent_shape[0]):
-        mean = math.fsum(record.sums.first_C[channel] for record in records) / num_values
-        square = math.fsum(record.sums.second_C[channel] for record in records) / num_values
-        means.append(mean)
-        # A dead channel has no spread; 1 leaves it as it is.
-        stds.append(math.sqrt(max(square - mean**2, 0.0)) or 1.0)
-    return means, stds
+    first_C = map(math.fsum, zip(*(record.sums.first_C for record in records), strict=True))
+    second_C = map(math.fsum, zip(*(record.sums.second_C for record in records), strict=True))
+    return statistics_of(num_values, list(first_C), list(second_C))
 
 
 def _do(cfg: EncodeConfig, work: Work) -> None:

@@ -277,18 +277,20 @@ def _second_stage(
     assert isinstance(cfg.objective, DenoisingConfig)
     encode: Encode | None = None
     if dataset.encoding is None:
-        encode, latents, null_text_LD = open_online(cfg, dataset, comm)
-        fingerprint, facts = latents.fingerprint, latents.facts
+        online = open_online(cfg, dataset, comm)
+        encode, fingerprint, (mean, std) = online.encode, online.fingerprint, online.statistics
+        null_text_LD = online.null_text_LD
     else:
         fingerprint, facts = dataset.encoding.fingerprint, dataset.encoding.facts
+        mean, std = facts["latent_mean"], facts["latent_std"]
         null_text = read_null_text(encoding_folder(dataset.folder, fingerprint))
         null_text_LD = torch.from_numpy(null_text).float().to(comm.device)
     objective = LatentObjective(
         build_loss(cfg.objective),
         training_times(cfg.objective.times, build_parameterization(cfg.objective).process),
         seed=cfg.seed,
-        latent_mean_C=torch.tensor(facts["latent_mean"], device=comm.device),
-        latent_std_C=torch.tensor(facts["latent_std"], device=comm.device),
+        latent_mean_C=torch.tensor(mean, device=comm.device),
+        latent_std_C=torch.tensor(std, device=comm.device),
         null_text_LD=null_text_LD,
         caption_dropout=cfg.objective.caption_dropout,
     )

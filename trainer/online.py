@@ -3,24 +3,26 @@
 Shape suffixes: B samples, C latent channels, H W rows and columns, L text tokens, D text width.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trainer.config import TrainConfig
-from trainer.data.manifest import list_encodings
 from trainer.data.opening import Dataset
 from trainer.data.shards import CAPTION_MEMBERS, read_index
 from trainer.data.sources import Batch, CaptionedBatch, LatentBatch
 from trainer.encoded import Latents, check_network, read_record, write_record
 from trainer.errors import BadInput
 from trainer.loop import Span
+from trainer.models.autoencoders import Statistics
 from trainer.models.encoders import (
     FrozenEncoders,
     caption_states,
@@ -29,8 +31,9 @@ from trainer.models.encoders import (
     not_finite_states,
     picture_moments,
 )
-from trainer.models.fingerprint import identify
+from trainer.models.fingerprint import Identity, identify
 from trainer.runtime.comm import Comm
+from trainer.spread import find_statistics
 
 
 class OnlineEncoder:
@@ -50,7 +53,7 @@ class OnlineEncoder:
         if self._device.type == "cuda":  # what the GPU still has to train is not encoding
             torch.cuda.synchronize(self._device)
         # Whether all is finite is asked of the GPU, so the span ends when the encoders do.
-        with span("encoding"), torch.backends.cudnn.flags(deterministic=True):
+        with span("encoding"), _equal_bits():
             moments_B2CHW = self._moments(batch)
             states = self.states(batch.captions)
             lengths_B = torch.tensor([len(state) for state in states])
@@ -93,32 +96,86 @@ class OnlineEncoder:
         return moments_B2CHW
 
 
-def open_online(
-    cfg: TrainConfig, dataset: Dataset, comm: Comm
-) -> tuple[OnlineEncoder, Latents, Tensor]:
-    """Load the encoders on one rank, and settle with all others how latents are normalised.
+@dataclass(frozen=True, slots=True)
+class Online:
+    """What a rank needs to train on pictures and captions."""
 
-    Returns:
-        The encoder, what its latents are, and the ``(L, D)`` float32 states of the empty caption.
+    encode: OnlineEncoder
+    fingerprint: str
+    """Of the encoders: that of the encoding that `kiln encode` would make with them."""
+    statistics: Statistics
+    """By which latents are normalised; equal on all ranks and in all attempts."""
+    null_text_LD: Tensor
+    """float32 states of the empty caption."""
+
+
+def open_online(cfg: TrainConfig, dataset: Dataset, comm: Comm) -> Online:
+    """Load the encoders on one rank; rank 0 settles, once for a run, how latents are normalised.
 
     Raises:
         BadInput: The encoders do not load, or do not fit the network.
         BadWorld: The model hub did not give them.
     """
     encoders = load_frozen_encoders(cfg.encoders, comm.device)
-    latents = _describe(cfg, dataset, encoders)
-    check_network(cfg, latents.facts)
-    # An encoding may be published while the ranks look: rank 0's numbers count.
-    mean_std = [*latents.facts["latent_mean"], *latents.facts["latent_std"]]
-    agreed = comm.sum(mean_std if comm.rank == 0 else [0.0] * len(mean_std))
-    half = len(agreed) // 2
-    settled = {"latent_mean": agreed[:half], "latent_std": agreed[half:]}
-    latents = replace(latents, facts=latents.facts | settled)
+    check_network(cfg, _shapes(cfg, encoders))
+    identity = identify(cfg.encoders)
+    channels = encoders.autoencoder.latent_channels
+    told = [0.0] * (2 * channels)
     if comm.rank == 0:
-        write_record(Path(cfg.run), latents)
+        facts = _recorded(cfg, dataset, encoders, identity, device=comm.device).facts
+        told = [*facts["latent_mean"], *facts["latent_std"]]
+    agreed = comm.sum(told)
     encoder = OnlineEncoder(encoders, comm.device)
     (null_text_LD,) = encoder.states([""])
-    return encoder, latents, null_text_LD.float()
+    return Online(
+        encode=encoder,
+        fingerprint=identity.fingerprint,
+        statistics=Statistics(agreed[:channels], agreed[channels:]),
+        null_text_LD=null_text_LD.float(),
+    )
+
+
+def _recorded(
+    cfg: TrainConfig,
+    dataset: Dataset,
+    encoders: FrozenEncoders,
+    identity: Identity,
+    *,
+    device: torch.device,
+) -> Latents:
+    """Read what the run wrote down of its latents; at its beginning, write it."""
+    recorded = read_record(Path(cfg.run))
+    if recorded is not None and recorded.fingerprint == identity.fingerprint:
+        return recorded
+    statistics, source = find_statistics(
+        dataset,
+        encoders.autoencoder,
+        fingerprint=identity.fingerprint,
+        side_px=cfg.encoders.image_side_px,
+        device=device,
+    )
+    latents = Latents(
+        identity.fingerprint,
+        {
+            **identity.facts,
+            **_shapes(cfg, encoders),
+            "latent_mean": statistics.mean,
+            "latent_std": statistics.std,
+            "latent_statistics": source,
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        },
+    )
+    write_record(Path(cfg.run), latents)
+    return latents
+
+
+def _shapes(cfg: TrainConfig, encoders: FrozenEncoders) -> dict[str, Any]:
+    autoencoder = encoders.autoencoder
+    side = cfg.encoders.image_side_px // autoencoder.downscale
+    return {
+        "latent_shape": [autoencoder.latent_channels, side, side],
+        "text_width": encoders.text.width,
+    }
 
 
 def check_online(cfg: TrainConfig, datasets: Sequence[Dataset]) -> str:
@@ -140,34 +197,22 @@ def check_online(cfg: TrainConfig, datasets: Sequence[Dataset]) -> str:
                 f"sample has a .{' or a .'.join(CAPTION_MEMBERS)}. Give a dataset of pictures with "
                 "captions."
             )
-    latents = _describe(cfg, datasets[0], load_frozen_encoders(cfg.encoders, torch.device("cpu")))
-    check_network(cfg, latents.facts)
-    return latents.fingerprint
-
-
-def _describe(cfg: TrainConfig, dataset: Dataset, encoders: FrozenEncoders) -> Latents:
-    """Say what the latents are: as the run wrote down, or an encoding, or the autoencoder says."""
     identity = identify(cfg.encoders)
-    recorded = read_record(Path(cfg.run))
-    if recorded is not None and recorded.fingerprint == identity.fingerprint:
-        return recorded
-    # Be it of an older state of the dataset: its numbers are nearer than the autoencoder's.
-    for encoding in list_encodings(dataset.folder):
-        if encoding.fingerprint == identity.fingerprint:
-            return Latents(encoding.fingerprint, encoding.facts)
-    autoencoder = encoders.autoencoder
-    side = cfg.encoders.image_side_px // autoencoder.downscale
-    return Latents(
-        identity.fingerprint,
-        {
-            **identity.facts,
-            "latent_shape": [autoencoder.latent_channels, side, side],
-            "text_width": encoders.text.width,
-            "latent_mean": autoencoder.statistics.mean,
-            "latent_std": autoencoder.statistics.std,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-        },
-    )
+    encoders = load_frozen_encoders(cfg.encoders, torch.device("cpu"))
+    check_network(cfg, _shapes(cfg, encoders))
+    return identity.fingerprint
+
+
+@contextmanager
+def _equal_bits() -> Iterator[None]:
+    """Let equal pictures give equal bits; training may use faster kernels."""
+    # Not cudnn.flags: by its defaults it would switch cuDNN off.
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _first_not_finite(values: Tensor) -> int | None:

@@ -5,6 +5,7 @@ Letters: ``B`` pictures or captions, ``C`` latent channels, ``H W`` rows and col
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from trainer.config import EncodersConfig
 from trainer.errors import BadInput
-from trainer.models.autoencoders import Autoencoder, load_autoencoder
+from trainer.models.autoencoders import Autoencoder, Statistics, load_autoencoder
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
 
 MAX_FLOAT16 = 65504.0
@@ -68,6 +69,25 @@ def picture_moments(autoencoder: Autoencoder, pictures_BHWC: Tensor) -> Tensor:
 def caption_states(text: TextEncoder, ids_BL: Tensor) -> Tensor:
     """Encode captions of equal length: ``(B, L, D)`` float16; too large values are clamped."""
     return _to_half(text.states(ids_BL))
+
+
+def statistics_of(
+    num_values: int, first_C: Sequence[float], second_C: Sequence[float]
+) -> Statistics:
+    """Give mean and standard deviation of latents drawn from their posteriors.
+
+    Args:
+        num_values: Latent numbers per channel.
+        first_C: Sums of the means.
+        second_C: Sums of mean^2 + variance, the expected square of a drawn latent.
+    """
+    means, stds = [], []
+    for first, second in zip(first_C, second_C, strict=True):
+        mean, square = first / num_values, second / num_values
+        means.append(mean)
+        # A dead channel has no spread; 1 leaves it as it is.
+        stds.append(math.sqrt(max(square - mean**2, 0.0)) or 1.0)
+    return Statistics(means, stds)
 
 
 def not_finite_latents(name: str) -> BadInput:

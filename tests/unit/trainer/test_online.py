@@ -14,8 +14,10 @@ from tests.exports import export_config
 from tests.streams import captioned, latents, load, size
 from tests.tiny import tiny_config
 from tests.tiny_dataset import publish, sample
+from tests.tiny_encoders import save_kl
 from tests.tiny_run import SIDE_PX, denoiser_config, encode_dataset, save_run
 from trainer import export, train
+from trainer.config import AutoencoderConfig
 from trainer.config_tools import EvaluateConfig
 from trainer.data.manifest import encoding_folder, list_encodings, load_manifest
 from trainer.data.null_text import read_null_text
@@ -25,6 +27,7 @@ from trainer.encoded import RECORD, Latents, latents_of, read_record, write_reco
 from trainer.errors import BadInput
 from trainer.frozen import compose
 from trainer.judge import Judge
+from trainer.models.autoencoders import load_autoencoder
 from trainer.models.denoisers import build_denoiser
 from trainer.models.encoders import load_frozen_encoders
 from trainer.observe.jsonl import read_rows
@@ -63,6 +66,12 @@ def encoder(tiny_encoder_section):
 
 def online_config(run, dataset, encoders, **changes):
     return denoiser_config(run, dataset, encoders, data__latents="online", **changes)
+
+
+def with_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
 
 
 def dataset_of(folder):
@@ -139,12 +148,13 @@ def test_fingerprint_and_facts_are_those_of_the_encoding(
     wanted = list_encodings(tiny_scenes)[0]
     for number, dataset in enumerate((tiny_scenes, unencoded)):
         cfg = online_config(tmp_path / str(number), dataset, tiny_encoder_section)
-        _, found, _ = open_online(cfg, dataset_of(dataset), Alone())
-        assert found == read_record(tmp_path / str(number))
-        assert found.fingerprint == wanted.fingerprint
+        online = open_online(cfg, dataset_of(dataset), Alone())
+        facts = read_record(tmp_path / str(number)).facts
+        assert online.fingerprint == wanted.fingerprint
         for name in ("latent_shape", "text_width", "autoencoder", "text"):
-            assert found.facts[name] == wanted.facts[name], name
-        same = found.facts["latent_std"] == wanted.facts["latent_std"]
+            assert facts[name] == wanted.facts[name], name
+        assert online.statistics == (facts["latent_mean"], facts["latent_std"])
+        same = facts["latent_std"] == wanted.facts["latent_std"]
         assert same == (dataset == tiny_scenes)
 
 
@@ -152,20 +162,52 @@ def test_without_an_encoding_latents_are_normalised_as_the_autoencoder_says(
     unencoded, tiny_encoder_section, tmp_path
 ):
     cfg = online_config(tmp_path / "run", unencoded, tiny_encoder_section)
-    _, found, null_text_LD = open_online(cfg, dataset_of(unencoded), Alone())
-    assert found.facts["latent_mean"] == [0.0] * 4
-    assert found.facts["latent_std"] == pytest.approx([1 / 0.18215] * 4)  # diffusers' default
-    assert null_text_LD.dtype == torch.float32
+    online = open_online(cfg, dataset_of(unencoded), Alone())
+    assert online.statistics.mean == [0.0] * 4
+    assert online.statistics.std == pytest.approx([1 / 0.18215] * 4)  # diffusers' default
+    assert online.null_text_LD.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("said", "mean", "std"),
+    [
+        ({"shift_factor": 0.5, "scaling_factor": 2.0}, [0.5] * 4, [0.5] * 4),
+        (
+            {"latents_mean": [1, 2, 3, 4], "latents_std": [4, 2, 1, 8], "scaling_factor": 0.5},
+            [1.0, 2.0, 3.0, 4.0],
+            [8.0, 4.0, 2.0, 16.0],
+        ),
+    ],
+)
+def test_an_autoencoder_may_shift_its_latents_or_say_it_of_each_channel(tmp_path, said, mean, std):
+    folder = with_config(save_kl(tmp_path), **said)
+    found = load_autoencoder(AutoencoderConfig(kind="kl", path=str(folder))).statistics
+    assert found == (mean, std)
+
+
+def test_latents_of_an_autoencoder_that_says_nothing_are_measured(
+    tiny_encoder_section, unencoded, tmp_path
+):
+    """Of so few pictures, by all of them: just what the encoding says of the dataset."""
+    kl = with_config(save_kl(tmp_path / "kl"), scaling_factor=1.0)
+    encoders = replace(tiny_encoder_section, autoencoder=AutoencoderConfig(kind="kl", path=str(kl)))
+    cfg = online_config(tmp_path / "run", unencoded, encoders)
+    found = open_online(cfg, dataset_of(unencoded), Alone()).statistics
+    encode_dataset(unencoded, encoders)
+    wanted = list_encodings(unencoded)[0].facts
+    np.testing.assert_allclose(found.mean, wanted["latent_mean"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.std, wanted["latent_std"], rtol=1e-3)
+    assert read_record(tmp_path / "run").facts["latent_statistics"] == "12 pictures"
 
 
 def test_the_normalisation_of_a_run_stays_when_an_encoding_comes(
     unencoded, tiny_encoder_section, tmp_path
 ):
     cfg = online_config(tmp_path / "run", unencoded, tiny_encoder_section)
-    _, before, _ = open_online(cfg, dataset_of(unencoded), Alone())
+    before = open_online(cfg, dataset_of(unencoded), Alone()).statistics
     encode_dataset(unencoded, tiny_encoder_section)
-    _, after, _ = open_online(cfg, dataset_of(unencoded), Alone())
-    assert after == before == latents_of(cfg, tmp_path / "run")
+    assert open_online(cfg, dataset_of(unencoded), Alone()).statistics == before
+    assert latents_of(cfg, tmp_path / "run").facts["latent_std"] == before.std
 
 
 def test_all_commands_work_with_a_run_whose_dataset_has_no_encoding(
