@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from trainer.models.autoencoders import Autoencoder, Statistics
 from trainer.models.encoders import picture_moments, statistics_of
 
 MEASURED_IMAGES = 256
+_MEASURED_SHARDS = 16
 _BATCH_IMAGES = 16
 
 # Shape suffixes: B pictures, H W rows and columns, C colours or latent channels.
@@ -51,7 +51,7 @@ def find_statistics(
     said = autoencoder.statistics
     if any(said.mean) or set(said.std) != {1.0}:
         return said, "autoencoder"
-    pictures = list(islice(_pictures(dataset, side_px), MEASURED_IMAGES))
+    pictures = list(_pictures(dataset, side_px))
     if not pictures:
         return said, "autoencoder"
     return _measured(pictures, autoencoder, device), f"{len(pictures)} pictures"
@@ -74,12 +74,14 @@ def _measured(
 
 
 def _pictures(dataset: Dataset, side_px: int) -> Iterator[NDArray[np.uint8]]:
-    """Yield the pictures of live samples that can be decoded, as they are encoded."""
-    for entry in dataset.manifest.shards:
+    """Yield about `MEASURED_IMAGES` pictures that can be decoded, from all over the dataset."""
+    shards = dataset.manifest.shards
+    chosen = np.unique(np.linspace(0, len(shards) - 1, _MEASURED_SHARDS).astype(int)).tolist()
+    for entry in (shards[number] for number in chosen):
         weights = dataset.manifest.weights.get(entry.number)
-        live = np.flatnonzero(read_row_weights(dataset.folder, entry, weights) > 0).tolist()
+        live = np.flatnonzero(read_row_weights(dataset.folder, entry, weights) > 0)
         with Shard(entry.tar(dataset.folder), read_index(entry.index(dataset.folder))) as shard:
-            for row in live:
+            for row in live[: -(-MEASURED_IMAGES // len(chosen))].tolist():
                 extension = next((x for x in PICTURES if x in shard.extensions(row)), None)
                 with suppress(BadData):
                     if extension is not None:
