@@ -55,9 +55,9 @@ from trainer.data.manifest import (
 from trainer.data.null_text import NULL_TEXT, read_null_text
 from trainer.data.publish import file_sha256, publish_bytes, publish_json
 from trainer.errors import BadInput
-from trainer.models.autoencoders import load_autoencoder
+from trainer.models.autoencoders import Statistics
+from trainer.models.encoders import load_frozen_encoders, statistics_of
 from trainer.models.fingerprint import Identity, identify
-from trainer.models.text_encoders import load_text_encoder
 from trainer.observe.countdown import Countdown
 from trainer.place import NUM_REQUESTS, is_local, remove, storage
 
@@ -172,17 +172,12 @@ def make_encoding(work: Work) -> Encoding:
     )
 
 
-def latent_statistics(records: Sequence[SidecarRecord]) -> tuple[list[float], list[float]]:
+def latent_statistics(records: Sequence[SidecarRecord]) -> Statistics:
     """Return mean and standard deviation per channel of latents drawn from their posteriors."""
     num_values = sum(record.sums.num_values for record in records)
-    means, stds = [], []
-    for channel in range(records[0].latent_shape[0]):
-        mean = math.fsum(record.sums.first_C[channel] for record in records) / num_values
-        square = math.fsum(record.sums.second_C[channel] for record in records) / num_values
-        means.append(mean)
-        # A dead channel has no spread; 1 leaves it as it is.
-        stds.append(math.sqrt(max(square - mean**2, 0.0)) or 1.0)
-    return means, stds
+    first_C = map(math.fsum, zip(*(record.sums.first_C for record in records), strict=True))
+    second_C = map(math.fsum, zip(*(record.sums.second_C for record in records), strict=True))
+    return statistics_of(num_values, list(first_C), list(second_C))
 
 
 def _do(cfg: EncodeConfig, work: Work) -> None:
@@ -213,24 +208,10 @@ def load_encoders(cfg: EncodeConfig) -> Encoders:
     """
     device = torch.device(cfg.device)
     torch.backends.cudnn.deterministic = True  # equal pictures give equal bits
-    autoencoder = load_autoencoder(cfg.encoders.autoencoder).to(device)
-    buckets = cfg.encoders.buckets
-    if buckets is not None and buckets.step_px % autoencoder.downscale:
-        need = autoencoder.downscale
-        raise BadInput(
-            f"encoders.buckets.step_px={buckets.step_px} is no multiple of {need}, the pixels per "
-            f"row of a latent. Try {math.ceil(buckets.step_px / need) * need}."
-        )
-    if cfg.encoders.image_side_px % autoencoder.downscale:
-        need = autoencoder.downscale
-        fitting = max(need, cfg.encoders.image_side_px // need * need)
-        raise BadInput(
-            f"encoders.image_side_px={cfg.encoders.image_side_px} is no multiple of {need}, the "
-            f"pixels per row of a latent. Try {fitting}."
-        )
+    models = load_frozen_encoders(cfg.encoders, device)
     return Encoders(
-        autoencoder=autoencoder,
-        text=load_text_encoder(cfg.encoders.text).to(device),
+        autoencoder=models.autoencoder,
+        text=models.text,
         boxes=make_boxes(cfg.encoders),
         batch_images=cfg.batch_images,
         batch_tokens=cfg.batch_tokens,

@@ -21,8 +21,13 @@ from numpy.typing import NDArray
 
 from data_prep.buckets import Box
 from data_prep.encode_loader import Loaded
-from trainer.errors import BadInput
 from trainer.models.autoencoders import Autoencoder
+from trainer.models.encoders import (
+    caption_states,
+    not_finite_latents,
+    not_finite_states,
+    picture_moments,
+)
 from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder
 
@@ -30,8 +35,6 @@ from trainer.models.text_encoders import TextEncoder
 
 MAX_WAIT_IMAGES = 2048  # then a batch is run though it is not full, to bound the memory
 CAPTIONS_KEPT = 1024  # captions that are not encoded again if they come again soon
-MAX_FLOAT16 = 65504.0
-_QUOTED_CHARS = 80
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -226,11 +229,7 @@ class _Passes:
                 moments = encode_pictures(arrays, self._encoders)
             for picture, moments_2CHW in zip(batch, moments, strict=True):
                 if not np.isfinite(moments_2CHW).all():
-                    raise BadInput(
-                        "the autoencoder gives latents that are not finite for "
-                        f"{picture.sample.key}. Check its weights (encoders.autoencoder.path) "
-                        "and encoders.image_side_px."
-                    )
+                    raise not_finite_latents(picture.sample.key)
                 picture.moments.set_result(moments_2CHW)
 
     def _encode_captions(self, batch: list[_Caption]) -> None:
@@ -266,10 +265,8 @@ def encode_pictures(
         ``(2, C, h, w)`` means and log-variances of each.
     """
     full_BHWC = np.stack(filled_up(pictures, encoders.batch_images))
-    pictures_BCHW = torch.from_numpy(full_BHWC).to(encoders.device).permute(0, 3, 1, 2)
-    moments = encoders.autoencoder.moments(pictures_BCHW.float() / 127.5 - 1.0)
-    moments_B2CHW = torch.stack(moments, dim=1)[: len(pictures)]
-    return list(_to_half(moments_B2CHW))
+    pictures_BHWC = torch.from_numpy(full_BHWC).to(encoders.device)
+    return _arrays(picture_moments(encoders.autoencoder, pictures_BHWC), len(pictures))
 
 
 def encode_ids(ids: Sequence[list[int]], encoders: Encoders) -> list[NDArray[np.float16]]:
@@ -283,23 +280,18 @@ def encode_ids(ids: Sequence[list[int]], encoders: Encoders) -> list[NDArray[np.
         ``(L, D)`` states of each.
     """
     ids_BL = torch.tensor(filled_up(ids, encoders.captions_per_batch(len(ids[0]))))
-    return list(_to_half(encoders.text.states(ids_BL)[: len(ids)]))
+    return _arrays(caption_states(encoders.text, ids_BL), len(ids))
 
 
 def require_finite_states(states_LD: NDArray[np.float16], caption: str) -> None:
     """Raise BadInput, naming the caption, if its states are not finite."""
     if not np.isfinite(states_LD).all():
-        raise BadInput(
-            "the text encoder gives states that are not finite for the caption "
-            f"{caption[:_QUOTED_CHARS]!r}. Check its weights (encoders.text.path)."
-        )
+        raise not_finite_states(caption)
 
 
-def _to_half(values: torch.Tensor) -> NDArray[np.float16]:
-    # Clamping leaves NaN as it is, and would hide infinity.
-    fitting = values.clamp(-MAX_FLOAT16, MAX_FLOAT16).where(values.isfinite(), torch.nan)
-    halves: NDArray[np.float16] = fitting.half().cpu().numpy()
-    return halves
+def _arrays(halves: torch.Tensor, count: int) -> list[NDArray[np.float16]]:
+    """Take the first `count` to the host."""
+    return list(halves[:count].cpu().numpy())
 
 
 def filled_up(items: Sequence[V], size: int) -> list[V]:

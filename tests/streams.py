@@ -7,7 +7,7 @@ import numpy as np
 from trainer.data.manifest import list_encodings, load_manifest
 from trainer.data.opening import Dataset, Layout, make_law, open_readers
 from trainer.data.quarantine import Quarantine
-from trainer.data.sources import LatentSource, PictureSource, Samples
+from trainer.data.sources import CaptionedSource, LatentSource, PictureSource, Samples
 from trainer.data.stream import Law, Member, Slots, advance, rank_slots, step_slots
 
 
@@ -55,6 +55,13 @@ def pictures(dataset, *, side_px, **options):
     """Open the pictures of a dataset."""
     with _samples(dataset, None, **options) as samples:
         yield PictureSource(samples, side_px=side_px)
+
+
+@contextmanager
+def captioned(dataset, *, side_px, **options):
+    """Open the pictures and captions of a dataset."""
+    with _samples(dataset, None, **options) as samples:
+        yield CaptionedSource(samples, side_px=side_px)
 
 
 def size(source):

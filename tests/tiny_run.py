@@ -135,29 +135,29 @@ def denoiser_config(run, dataset, encoders, **changes):
     return replace(cfg, encoders=encoders)
 
 
-def save_run(cfg, run, model):
+def save_run(cfg, run, model, **options):
     """Write config, metrics and one checkpoint whose averages are the model's weights."""
     run.mkdir(parents=True)
     write_yaml(cfg, run / "config.yaml")
-    save_checkpoint(cfg, run, model, step=8)
+    save_checkpoint(cfg, run, model, step=8, **options)
     rows = JsonLines(run / "metrics.jsonl")
     rows.append([{"step": n, "images_seen": 8 * n, "train/loss": 1 / n} for n in range(1, 9)])
     rows.close()
     return run
 
 
-def save_checkpoint(cfg, run, model, *, step, keep_last=9):
-    """Save a checkpoint after `step` steps of 8 images."""
+def save_checkpoint(cfg, run, model, *, step, keep_last=9, encoding=None):
+    """Save a checkpoint after `step` steps of 8 images; `encoding` is another fingerprint."""
     weights = dict(model.named_parameters())
     dataset = Path(cfg.data.dataset)
     manifest = load_manifest(dataset)
-    encodings = [] if cfg.model.kind == "autoencoder_kl" else list_encodings(dataset)
+    encodings = list_encodings(dataset) if cfg.reads_latents else []
     state = TrainState(
         step=step,
         images_seen=8 * step,
         seed=cfg.seed,
         dataset_fingerprint=manifest.fingerprint,
-        encoding_fingerprint=encodings[0].fingerprint if encodings else "",
+        encoding_fingerprint=encoding or (encodings[0].fingerprint if encodings else ""),
         stream={},
     )
     assert write_checkpoint(run / "checkpoints", state, weights, keep_last=keep_last)

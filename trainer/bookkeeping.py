@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -37,7 +38,12 @@ log = logging.getLogger(__name__)
 MERGE_EVERY_S = 30.0
 """How often training looks for evaluations that finished meanwhile."""
 
-PHASES = {"data_stall": "data", "checkpoint_stall": "checkpoint", "restore": "restore"}
+PHASES = {
+    "data_stall": "data",
+    "encoding": "encode",
+    "checkpoint_stall": "checkpoint",
+    "restore": "restore",
+}
 """What a rank does in the time that goes to these buckets of the ledger."""
 
 
@@ -76,7 +82,9 @@ class Accounts:
         )
         self._plan = plan
         self._speed = Throughput()
-        self._data_wait_s = self._last_wait_s = 0.0
+        self._encodes = cfg.data.latents == "online"
+        self._spent_s: defaultdict[str, float] = defaultdict(float)
+        self._last_spent_s = self._spent_s
 
     @contextmanager
     def span(self, bucket: str) -> Iterator[None]:
@@ -84,8 +92,7 @@ class Accounts:
         started_s = time.monotonic()
         with self.ledger.span(bucket):
             yield
-        if bucket == "data_stall":
-            self._data_wait_s += time.monotonic() - started_s
+        self._spent_s[bucket] += time.monotonic() - started_s
 
     def begin(self, progress: Progress) -> None:
         """Training starts or goes on from here."""
@@ -96,11 +103,13 @@ class Accounts:
     def count(self, progress: Progress) -> None:
         """Count a step."""
         self.ledger.reach(progress.step)
-        self._speed.add(images=self._plan.images_per_step, data_wait_s=self._data_wait_s)
-        self._last_wait_s, self._data_wait_s = self._data_wait_s, 0.0
+        self._last_spent_s, self._spent_s = self._spent_s, defaultdict(float)
+        waited_s = self._last_spent_s["data_stall"]
+        self._speed.add(images=self._plan.images_per_step, data_wait_s=waited_s)
 
     def log_step(self, progress: Progress, facts: StepFacts, slowest: float | None) -> None:
         """Log a step that was counted; `slowest` is how many times the median rank needs."""
+        encoding = {"time/encoding_s": self._last_spent_s["encoding"]} if self._encodes else {}
         self._sinks.log(
             {
                 "step": progress.step,
@@ -111,7 +120,8 @@ class Accounts:
                 "speed/images_per_s": self._speed.images_per_s,
                 "speed/data_wait_frac": self._speed.data_wait_frac,
                 "speed/slowest_rank_ratio": slowest,
-                "time/data_wait_s": self._last_wait_s,
+                "time/data_wait_s": self._last_spent_s["data_stall"],
+                **encoding,
                 "time/left_s": self._speed.time_left_s(
                     (self._plan.total_steps - progress.step) * self._plan.images_per_step
                 ),

@@ -40,11 +40,13 @@ from trainer.diffusion.processes import (
     VpTable,
 )
 from trainer.diffusion.times import log_normal_times, logit_normal_times, uniform_times
+from trainer.encoded import check_encoders
 from trainer.feed import Feed, open_feed
-from trainer.loop import Objective, Parts, Progress
+from trainer.loop import Encode, Objective, Parts, Progress
 from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
 from trainer.objectives import LatentObjective, Loss, ReconstructionObjective
+from trainer.online import open_online
 from trainer.plan import Plan
 from trainer.quality.perceptual import load_perceptual
 from trainer.runtime.checkpoint import TrainState, load, read_state, verify
@@ -74,6 +76,8 @@ class Built:
     """Full shape of every trained parameter."""
     fingerprints: tuple[str, str]
     """Of the dataset, and of its encoding ('' for pictures)."""
+    encode: Encode | None = None
+    """What makes latents of micro-batches where none were written before."""
 
     def parts(self) -> Parts:
         """Give the loop what it needs."""
@@ -88,6 +92,7 @@ class Built:
             advance=self.feed.advance,
             learning_rate=learning_rate(self.cfg.optim, self.cfg.total_images),
             comm=self.comm,
+            encode=self.encode,
         )
 
 
@@ -103,10 +108,13 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
     datasets = find_datasets(cfg)
     model = build_model(cfg, is_fresh=trained is None)
     objective: Objective
+    encode: Encode | None = None
     if isinstance(cfg.model, AutoencoderModelConfig):
         objective, encoding = build_reconstruction(cfg, comm.device), ""
     else:
-        objective, encoding = _second_stage(cfg, datasets[0], comm)
+        objective, encode, encoding = _second_stage(cfg, datasets[0], comm)
+    if trained is not None:
+        check_encoders(trained.encoding_fingerprint, encoding)
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     engine = Engine(model.to(comm.device), cfg, plan, comm)
     if comm.rank == 0:
@@ -122,6 +130,7 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
         feed=open_feed(cfg, datasets, comm, trained.stream if trained else None),
         shapes=shapes,
         fingerprints=(datasets[0].manifest.fingerprint if datasets else "", encoding),
+        encode=encode,
     )
 
 
@@ -261,22 +270,28 @@ def _preserving(cfg: VpProcessConfig) -> Process:
     return VpTable(*betas, num_levels=cfg.num_levels, zero_terminal_snr=cfg.zero_terminal_snr)
 
 
-def _second_stage(cfg: TrainConfig, dataset: Dataset, comm: Comm) -> tuple[Objective, str]:
+def _second_stage(
+    cfg: TrainConfig, dataset: Dataset, comm: Comm
+) -> tuple[Objective, Encode | None, str]:
+    """Make the objective, the encoder if there is one, and the fingerprint of all encoders."""
     assert isinstance(cfg.objective, DenoisingConfig)
-    encoding = dataset.encoding
-    assert encoding is not None
-
-    def numbers(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=comm.device)
-
-    null_text_LD = read_null_text(encoding_folder(dataset.folder, encoding.fingerprint))
+    encode: Encode | None = None
+    if dataset.encoding is None:
+        online = open_online(cfg, dataset, comm)
+        encode, fingerprint, (mean, std) = online.encode, online.fingerprint, online.statistics
+        null_text_LD = online.null_text_LD
+    else:
+        fingerprint, facts = dataset.encoding.fingerprint, dataset.encoding.facts
+        mean, std = facts["latent_mean"], facts["latent_std"]
+        null_text = read_null_text(encoding_folder(dataset.folder, fingerprint))
+        null_text_LD = torch.from_numpy(null_text).float().to(comm.device)
     objective = LatentObjective(
         build_loss(cfg.objective),
         training_times(cfg.objective.times, build_parameterization(cfg.objective).process),
         seed=cfg.seed,
-        latent_mean_C=numbers(encoding.facts["latent_mean"]),
-        latent_std_C=numbers(encoding.facts["latent_std"]),
-        null_text_LD=torch.from_numpy(null_text_LD).float().to(comm.device),
+        latent_mean_C=torch.tensor(mean, device=comm.device),
+        latent_std_C=torch.tensor(std, device=comm.device),
+        null_text_LD=null_text_LD,
         caption_dropout=cfg.objective.caption_dropout,
     )
-    return objective, encoding.fingerprint
+    return objective, encode, fingerprint

@@ -263,6 +263,8 @@ class TrainConfig:
                 "trained on latents. Index the tars (`kiln index`), encode the dataset (`kiln "
                 "encode`), and give it with data.reader=kiln."
             )
+        if self.data.latents == "online":
+            self._check_online()
         if self.optim.kind == "adafactor" and self.engine.zero_stage != 0:
             raise ValueError(
                 f"optim.kind=adafactor with engine.zero_stage={self.engine.zero_stage}: it keeps "
@@ -295,6 +297,24 @@ class TrainConfig:
                 "make a second one for whole pictures. Try engine.zero_stage=2, or "
                 "objective.whole_frac=0."
             )
+
+    def _check_online(self) -> None:
+        if self.model.kind == "autoencoder_kl":
+            raise ValueError(
+                f"data.latents=online is for denoisers: model.kind={self.model.kind} is trained on "
+                "pictures themselves. Give data.latents=encoded, the default."
+            )
+        if self.encoders.buckets is not None:
+            raise ValueError(
+                "encoders.buckets needs the shapes of all pictures before the order of the samples "
+                "is fixed, and with data.latents=online nobody has looked at them. Encode the "
+                "dataset (`kiln encode`) and give data.latents=encoded, or encoders.buckets=null."
+            )
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether latents are read, and not pictures."""
+        return self.model.kind != "autoencoder_kl" and self.data.latents == "encoded"
 
     @property
     def num_parameters(self) -> int:

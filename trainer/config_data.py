@@ -29,6 +29,9 @@ class DataConfig:
     """More datasets: [{dataset: FOLDER, weight: 0.5}, ...]; weights may change, datasets not."""
     reader: Literal["kiln", "webdataset"]
     """kiln: exact order and resume; webdataset: tars as they are, resumed only roughly."""
+    latents: Literal["encoded", "online"] = "encoded"
+    """What denoisers learn from; encoded: what `kiln encode` wrote beside the dataset; online:
+    every rank encodes the pictures and captions of its micro-batches, each time anew."""
     epoch_images: PositiveInt | None
     """About how many pictures the tars hold, for reader=webdataset; else null."""
     order: Literal["shards", "ranges"]
@@ -62,6 +65,11 @@ class DataConfig:
                 f"data.reader={self.reader} {need} data.epoch_images, and got "
                 f"{self.epoch_images or 'null'}. Give about the number of pictures in the tars "
                 "with reader=webdataset, and null with reader=kiln."
+            )
+        if self.reader == "webdataset" and self.latents == "online":
+            raise ValueError(
+                "data.latents=online needs captions, and data.reader=webdataset gives pictures "
+                "alone. Index the tars (`kiln index`), and give the dataset with data.reader=kiln."
             )
         if self.reader == "webdataset" and self.mix:
             raise ValueError(

@@ -33,8 +33,7 @@ def find_datasets(cfg: TrainConfig) -> list[Dataset]:
         return found
     for folder in dataset_places(cfg.data):
         manifest = load_manifest(folder)
-        pictures = cfg.model.kind == "autoencoder_kl"
-        encoding = None if pictures else matching_encoding(cfg, folder, manifest)
+        encoding = matching_encoding(cfg, folder, manifest) if cfg.reads_latents else None
         found.append(Dataset(folder, manifest, encoding))
     return found
 

@@ -1,11 +1,31 @@
-"""Which of a dataset's encodings a configuration means; latents of other encoders are refused."""
+"""What latents a run is trained on; those of other encoders are refused."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from trainer.config import TrainConfig
-from trainer.data.manifest import Encoding, Manifest, list_encodings
+from trainer.data.manifest import Encoding, Manifest, list_encodings, load_manifest
+from trainer.data.publish import publish_json
 from trainer.errors import BadInput
 from trainer.models.fingerprint import identify
+from trainer.place import place
+
+RECORD = "latents.json"
+"""In the folder of a run that encodes while training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """What the numbers of a latent mean."""
+
+    fingerprint: str
+    """Of the encoders, and so the name of an encoding."""
+    facts: dict[str, Any]
+    """What the encoders were; latent_shape, text_width, latent_mean and latent_std."""
 
 
 def matching_encoding(cfg: TrainConfig, dataset: Path, manifest: Manifest) -> Encoding:
@@ -22,7 +42,8 @@ def matching_encoding(cfg: TrainConfig, dataset: Path, manifest: Manifest) -> En
         there = ", ".join(found) or "none"
         raise BadInput(
             f"{dataset} has no latents of this config's encoders, whose fingerprint is {wanted}; "
-            f"there: {there}. Make them: {encode}"
+            f"there: {there}. Make them: {encode}; or give data.latents=online, which encodes "
+            "while training."
         )
     encoding = found[wanted]
     if encoding.dataset_fingerprint != manifest.shards_fingerprint:
@@ -30,19 +51,81 @@ def matching_encoding(cfg: TrainConfig, dataset: Path, manifest: Manifest) -> En
             f"the latents in {dataset}/encodings/{wanted} are of an older state of the dataset. "
             f"Bring them up to date: {encode}"
         )
-    _check_network(cfg, encoding)
+    check_network(cfg, encoding.facts)
     return encoding
 
 
-def _check_network(cfg: TrainConfig, encoding: Encoding) -> None:
+def latents_of(cfg: TrainConfig, run: Path) -> Latents:
+    """Say what latents a run that has begun is trained on.
+
+    Raises:
+        BadInput: Its encoding is not there, or its encoders are not what they were.
+    """
+    if cfg.data.latents == "encoded":
+        dataset = place(cfg.data.dataset)
+        encoding = matching_encoding(cfg, dataset, load_manifest(dataset))
+        return Latents(encoding.fingerprint, encoding.facts)
+    recorded = read_record(run)
+    if recorded is None:
+        raise BadInput(
+            f"{run} has no {RECORD}, which says how its latents are normalised: it did not begin "
+            "to train yet, or is no whole copy. Give the run= of one that did."
+        )
+    check_encoders(recorded.fingerprint, identify(cfg.encoders).fingerprint)
+    return recorded
+
+
+def check_encoders(before: str, now: str) -> None:
+    """Refuse encoders that are not those that a run was trained with.
+
+    Raises:
+        BadInput: The fingerprints differ.
+    """
+    if before != now:
+        raise BadInput(
+            f"the run was trained with encoders of fingerprint {before}, but those of its config "
+            f"now have {now}: their files changed. Bring them back, where "
+            "encoders.autoencoder.path and encoders.text.path say, or begin another run=."
+        )
+
+
+def check_network(cfg: TrainConfig, facts: Mapping[str, Any]) -> None:
+    """Refuse a denoiser that does not take such latents and text states.
+
+    Raises:
+        BadInput: A number of its config is another than that of the latents.
+    """
     model = cfg.model
     assert model.kind != "autoencoder_kl"
-    channels, side = encoding.facts["latent_shape"][:2]
+    channels, side = facts["latent_shape"][:2]
     needs = {
         "model.latent_channels": (model.latent_channels, channels),
         "model.latent_side": (model.latent_side, side),
-        "model.text_width": (model.text_width, encoding.facts["text_width"]),
+        "model.text_width": (model.text_width, facts["text_width"]),
     }
     for key, (got, need) in needs.items():
         if got != need:
-            raise BadInput(f"{key}={got}, but the encoded dataset has {need}. Give {key}={need}.")
+            raise BadInput(f"{key}={got}, but its encoders make {need}. Give {key}={need}.")
+
+
+def read_record(run: Path) -> Latents | None:
+    """Read what a run that encodes while training wrote down of its latents, if it did.
+
+    Raises:
+        BadInput: The file is damaged.
+    """
+    path = run / RECORD
+    try:
+        return TypeAdapter(Latents).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise BadInput(
+            f"{path} is damaged ({error.errors()[0]['msg']}). Bring back the copy that the run "
+            "began with."
+        ) from error
+
+
+def write_record(run: Path, latents: Latents) -> None:
+    """Write down what a run's latents are."""
+    publish_json(run / RECORD, asdict(latents))

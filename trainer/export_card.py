@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.config import TrainConfig
 from trainer.data.manifest import encoding_folder, load_encoding, load_manifest
+from trainer.encoded import latents_of
 from trainer.frozen import thaw
 from trainer.models.locations import PACKAGE
 from trainer.observe.accounts import totals
@@ -52,8 +53,7 @@ def training_facts(
     if trained.start_from is not None:
         facts["start_from"] = public_name(trained.start_from)
     if state.encoding_fingerprint:
-        folder = encoding_folder(place(trained.data.dataset), state.encoding_fingerprint)
-        found = load_encoding(folder).facts
+        found = _latent_facts(run_dir, trained, state.encoding_fingerprint)
         paths = {name: public_name(path) for name, path in found["paths"].items()}
         facts["encoding"] = {**found, "paths": paths}
         encoders = sections["encoders"]
@@ -61,6 +61,12 @@ def training_facts(
             encoders[part]["path"] = public_name(encoders[part]["path"])
         facts["encoders"] = encoders
     return facts
+
+
+def _latent_facts(run_dir: Path, trained: TrainConfig, fingerprint: str) -> dict[str, Any]:
+    if trained.data.latents == "online":
+        return latents_of(trained, run_dir).facts
+    return load_encoding(encoding_folder(place(trained.data.dataset), fingerprint)).facts
 
 
 def datasets(trained: TrainConfig, state: TrainState) -> list[dict[str, Any]]:

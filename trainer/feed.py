@@ -16,7 +16,14 @@ from trainer.data.loader import Pace, micro_batches
 from trainer.data.manifest import check_files
 from trainer.data.opening import Dataset, open_readers
 from trainer.data.quarantine import Quarantine
-from trainer.data.sources import Batch, LatentSource, PictureSource, Samples, Source
+from trainer.data.sources import (
+    Batch,
+    CaptionedSource,
+    LatentSource,
+    PictureSource,
+    Samples,
+    Source,
+)
 from trainer.data.stream import Law, State
 from trainer.data.tars import list_tars
 from trainer.datasets import begin, find_law, weights_of
@@ -181,4 +188,6 @@ def open_feed(
 def _source(cfg: TrainConfig, samples: Samples, device: torch.device) -> Source:
     if cfg.model.kind == "autoencoder_kl":
         return PictureSource(samples, side_px=cfg.encoders.image_side_px, device=device)
+    if cfg.data.latents == "online":
+        return CaptionedSource(samples, side_px=cfg.encoders.image_side_px, device=device)
     return LatentSource(samples, device=device)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from trainer.data.decode import decode_square
+from trainer.data.decode import cover, decode_bgr, decode_square
 from trainer.data.manifest import Manifest, load_manifest
 from trainer.data.publish import publish_bytes, publish_json, published
 from trainer.data.shards import Shard, read_index
@@ -160,10 +160,12 @@ def dataset_pictures(
         return [(shard.caption(row), read_picture(shard, row, side_px)) for row in rows]
 
 
-def read_picture(shard: Shard, row: int, side_px: int) -> Pixels:
-    """Read the picture of a sample as a square."""
+def read_picture(shard: Shard, row: int, side_px: int, *, as_encoded: bool = False) -> Pixels:
+    """Read the picture of a sample as a square, or as the very one that `kiln encode` encodes."""
     extension = next(ext for ext in shard.extensions(row) if ext in _PICTURES)
     name = f"{shard.path}: {shard.keys[row]}.{extension}"
+    if as_encoded:
+        return cover(decode_bgr(shard.read(row, extension), name=name), side_px, side_px).rgb_HWC
     return decode_square(shard.read(row, extension), side_px, name=name)
 
 

@@ -1,7 +1,7 @@
 """Everything that is measured of one checkpoint: alignment, distances to real pictures, loss."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,9 +209,16 @@ class Judge:
         if self._scenes:
             return _scene_pairs(self.cfg, sampler)
         dataset = place(self.cfg.validation or sampler.cfg.data.dataset)
+        source = self.cfg.validation or f"{dataset}, on which the run was trained"
+        if sampler.cfg.data.latents == "online":
+            side_px = sampler.cfg.encoders.image_side_px
+            captions, pictures = zip(
+                *captioned_pictures(dataset, count, side_px=side_px, as_encoded=True), strict=True
+            )
+            source = f"{len(captions)} of {source}"
+            return _encoded_now(sampler, captions, np.stack(pictures), source)
         encoding = matching_encoding(sampler.cfg, dataset, load_manifest(dataset))
         moments, texts = encoded_pairs(dataset, encoding, count, shape=sampler.latent_shape)
-        source = self.cfg.validation or f"{dataset}, on which the run was trained"
         return Pairs(normalised(sampler, moments), texts, f"{len(texts)} of {source}")
 
 
@@ -220,6 +227,12 @@ def _scene_pairs(cfg: EvaluateConfig, sampler: Sampler) -> Pairs:
     # Not sampling.seed: the pairs are the same however pictures are drawn.
     scenes = held_out_scenes(cfg.num_loss_pairs, seed=0, two_things_frac=cfg.two_things_frac)
     pictures = painted(scenes, sampler.cfg.encoders.image_side_px)
+    source = f"{len(scenes)} painted scenes that training never saw"
+    return _encoded_now(sampler, [caption(scene) for scene in scenes], pictures, source)
+
+
+def _encoded_now(sampler: Sampler, captions: Sequence[str], pictures: Pixels, source: str) -> Pairs:
+    """Encode ``(N, H, W, 3)`` pictures and their captions with the run's encoders."""
     tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
     def moments(batch: torch.Tensor) -> torch.Tensor:
@@ -228,6 +241,5 @@ def _scene_pairs(cfg: EvaluateConfig, sampler: Sampler) -> Pairs:
 
     with one_core_workers(sampler.threads) as workers:
         found = torch.cat(list(workers.map(moments, torch.split(tensor, RECONSTRUCTION_BATCH))))
-    texts = [state.cpu() for state in sampler.text.encode([caption(scene) for scene in scenes])]
-    source = f"{len(texts)} painted scenes that training never saw"
+    texts = [state.cpu() for state in sampler.text.encode(captions)]
     return Pairs(normalised(sampler, found), texts, source)

@@ -20,6 +20,12 @@ from trainer.runtime.signals import StopFlag
 Objective = Callable[[nn.Module, Batch, int], Tensor]
 """(network, micro-batch, images seen before this step) -> one loss per sample."""
 
+Span = Callable[[str], AbstractContextManager[None]]
+"""Accounts the time inside to a bucket of the ledger."""
+
+Encode = Callable[[Batch, Span], Batch]
+"""(micro-batch of pictures and captions, where its time is accounted) -> of latents."""
+
 
 @dataclass
 class Progress:
@@ -85,6 +91,8 @@ class Parts:
     learning_rate: Callable[[int], float]
     """Images seen -> rate."""
     comm: Comm
+    encode: Encode | None = None
+    """Where the micro-batches are pictures and captions: makes latents of them."""
 
 
 def train(parts: Parts, progress: Progress, stop: StopFlag, observer: Observer) -> bool:
@@ -119,6 +127,8 @@ def take_step(
     for _ in range(plan.accumulation_steps):
         with observer.span("data_stall"):
             batch = next(batches)
+        if parts.encode is not None:
+            batch = parts.encode(batch, observer.span)
         observer.at("forward")
         loss_B = parts.objective(engine.model, batch, progress.images_seen)
         observer.at("backward")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config_first_stage import ReconstructionConfig
-from trainer.data.sources import LatentBatch, PictureBatch
+from trainer.data.sources import Batch, LatentBatch, PictureBatch
 from trainer.diffusion import philox
 from trainer.diffusion.first_stage import deceiving_loss, hinge_loss, reconstruction_loss
 from trainer.diffusion.objective import Predict
@@ -49,9 +49,7 @@ class LatentObjective:
         self._shift, self._scale = latent_mean_C[:, None, None], latent_std_C[:, None, None]
         self._null_text_LD = null_text_LD
 
-    def __call__(
-        self, model: nn.Module, batch: LatentBatch | PictureBatch, _images_seen: int = 0
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, _images_seen: int = 0) -> Tensor:
         """Return ``(B,)`` losses; the draws depend on seed, sample and visit alone."""
         assert isinstance(batch, LatentBatch)
         shape = batch.mean_BCHW.shape[1:]
@@ -140,9 +138,7 @@ class ReconstructionObjective:
         self._latent_channels, self._pixels_per_latent = latent_channels, pixels_per_latent
         self._whole_frac = cfg.whole_frac if cfg.crop_side_px else 1.0
 
-    def __call__(
-        self, model: nn.Module, batch: LatentBatch | PictureBatch, images_seen: int = 0
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, images_seen: int = 0) -> Tensor:
         """Return ``(B,)`` losses; what is cropped, and where, belongs to the sample."""
         assert isinstance(batch, PictureBatch)
         u_B3 = philox.uniforms(

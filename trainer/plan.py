@@ -83,6 +83,7 @@ def _bytes_per_rank(cfg: TrainConfig, num_ranks: int) -> tuple[float, float]:
 def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the plan as (what, how much) for a table."""
     cluster, batch = cfg.cluster, cfg.batch
+    is_online = cfg.data.latents == "online"
     yield "model", f"{cfg.model.kind}, {cfg.num_parameters / 1e6:,.1f} M parameters"
     yield (
         "ranks",
@@ -101,7 +102,8 @@ def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "memory per rank",
         f"{plan.weights_gib:,.2f} GiB weights and gradients + {plan.states_gib:,.2f} GiB optimizer "
-        f"and EMA of {cluster.device_memory_gib:g} GiB; activations are not counted",
+        f"and EMA of {cluster.device_memory_gib:g} GiB; activations are not counted"
+        + (", nor are the frozen encoders (data.latents=online)" if is_online else ""),
     )
 
 

@@ -33,14 +33,23 @@ def spread_rows(dataset: Path, manifest: Manifest, count: int) -> Iterator[tuple
         yield number, mine.tolist()
 
 
-def captioned_pictures(dataset: Path, count: int, *, side_px: int) -> Iterator[tuple[str, Pixels]]:
-    """Yield (caption, ``(side_px, side_px, 3)`` picture) of up to `count` samples."""
+def captioned_pictures(
+    dataset: Path, count: int, *, side_px: int, as_encoded: bool = False
+) -> Iterator[tuple[str, Pixels]]:
+    """Yield (caption, ``(side_px, side_px, 3)`` picture) of up to `count` samples.
+
+    Args:
+        dataset: Folder or URL.
+        count: Samples.
+        side_px: Of the squares.
+        as_encoded: Give the pixels that `kiln encode` encodes; see `decode_square`.
+    """
     manifest = load_manifest(dataset)
     for number, rows in spread_rows(dataset, manifest, count):
         entry = manifest.shards[number]
         with Shard(entry.tar(dataset), read_index(entry.index(dataset))) as shard:
             for row in rows:
-                yield shard.caption(row), read_picture(shard, row, side_px)
+                yield shard.caption(row), read_picture(shard, row, side_px, as_encoded=as_encoded)
 
 
 def picture_batches(

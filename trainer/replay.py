@@ -150,8 +150,8 @@ def quarantined(run: Path) -> dict[tuple[str, str], str]:
 def run_dataset(cfg: TrainConfig, folder: Path) -> Dataset:
     """Open the manifests that a run reads of a dataset; encoders are hashed only if they must."""
     manifest = load_manifest(folder)
-    pictures = cfg.model.kind == "autoencoder_kl"
-    return Dataset(folder, manifest, None if pictures else _encoding(cfg, folder, manifest))
+    encoding = _encoding(cfg, folder, manifest) if cfg.reads_latents else None
+    return Dataset(folder, manifest, encoding)
 
 
 def _encoding(cfg: TrainConfig, folder: Path, manifest: Manifest) -> Encoding:

@@ -20,11 +20,10 @@ from trainer.config import AutoencoderModelConfig, TrainConfig
 from trainer.config_diffusion import DenoisingConfig
 from trainer.config_first_stage import ReconstructionConfig
 from trainer.config_tools import SamplingConfig
-from trainer.data.manifest import load_manifest
 from trainer.data.publish import file_sha256
 from trainer.diffusion.parameterization import Parameterization
 from trainer.drawing import Known, check_sampling, draw_latents
-from trainer.encoded import matching_encoding
+from trainer.encoded import latents_of
 from trainer.errors import BadInput
 from trainer.export_card import WEIGHTS
 from trainer.frozen import read_yaml
@@ -35,7 +34,6 @@ from trainer.models.loading import load_weights
 from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
 from trainer.pipeline_folder import is_pipeline_folder, read_pipeline
-from trainer.place import place
 from trainer.runtime.checkpoint import TrainState
 from trainer.runtime.rundir import checkpoint_root, step_folder
 from trainer.runtime.weights import read_weights, weights_fingerprint
@@ -265,15 +263,14 @@ def load_sampler(
             f"denoiser, or write this one's weights: kiln export run={run} out=DIR"
         )
     assert not isinstance(cfg.objective, ReconstructionConfig)
-    dataset = place(cfg.data.dataset)
-    encoding = matching_encoding(cfg, dataset, load_manifest(dataset))
+    facts = latents_of(cfg, run).facts
     tensors, state = read_weights(run, weights, checkpoint=checkpoint)
     model = build_denoiser(cfg.model)
     load_weights(model, tensors, source=str(run))
     used = step_folder(checkpoint_root(run), state.step)
     where = torch.device(device)
     text = load_text_encoder(cfg.encoders.text).to(where)
-    channels, height, width = encoding.facts["latent_shape"]
+    channels, height, width = facts["latent_shape"]
     return Sampler(
         trained=cfg,
         objective=cfg.objective,
@@ -286,8 +283,8 @@ def load_sampler(
         autoencoder=load_autoencoder(cfg.encoders.autoencoder).to(where),
         text=text,
         null_text_LD=text.encode([""])[0],
-        latent_mean_C=torch.tensor(encoding.facts["latent_mean"], device=where),
-        latent_std_C=torch.tensor(encoding.facts["latent_std"], device=where),
+        latent_mean_C=torch.tensor(facts["latent_mean"], device=where),
+        latent_std_C=torch.tensor(facts["latent_std"], device=where),
         latent_shape=(channels, height, width),
         device=where,
         threads=threads,

@@ -106,6 +106,11 @@ class StreamPlan:
         return node_streams(self.law.streams, cluster.num_nodes, cluster.ranks_per_node)
 
     @property
+    def _members(self) -> int:
+        """Files that are read of a sample: its picture, with the caption, or what both became."""
+        return 1 if self.cfg.model.kind == "autoencoder_kl" else 2
+
+    @property
     def cache_bytes(self) -> int:
         """What a node's cache needs room for."""
         needs = zip(self.needs, self.shares, strict=True)
@@ -217,7 +222,7 @@ class StreamPlan:
                 num_bytes, how = self.needs[number].epoch_bytes, "fetched into the caches"
             else:
                 live = self.sizes[number] / sum(entry.count for entry in entries)
-                requests = self.sizes[number] * (2 if dataset.encoding else 1)
+                requests = self.sizes[number] * self._members
                 num_bytes, how = total_bytes * live, "read where they lie"
             times = epochs
             if data.cache:

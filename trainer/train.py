@@ -10,13 +10,15 @@ from pathlib import Path
 
 from trainer.command import run_command
 from trainer.config import TrainConfig
+from trainer.data.opening import Dataset
 from trainer.data.publish import publish_json
 from trainer.datasets import dataset_places, find_datasets
+from trainer.encoded import check_encoders
 from trainer.errors import BadInput
 from trainer.feed import check_feed
 from trainer.place import storage
 from trainer.plan import Plan, make_plan, rows
-from trainer.runtime.checkpoint import newest_valid, read_state
+from trainer.runtime.checkpoint import TrainState, newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.ending import read_stuck
 from trainer.runtime.local import run_ranks
@@ -53,6 +55,7 @@ def run(cfg: TrainConfig) -> int:
             newest = newest_valid(checkpoints_of(cfg))
             state = read_state(newest) if newest else None
             check_feed(cfg, datasets, state.stream if state else None, files=state is None)
+            _check_encoders(cfg, datasets, state)
             if state is None and cfg.start_from is not None:
                 from trainer.begin import check_begin  # noqa: PLC0415 - loads diffusers
 
@@ -67,6 +70,21 @@ def run(cfg: TrainConfig) -> int:
                 return 0
             plan = make_plan(cfg, step=state.step, images_seen=state.images_seen)
             return _start(folder, cfg, plan)
+
+
+def _check_encoders(
+    cfg: TrainConfig, datasets: Sequence[Dataset], state: TrainState | None
+) -> None:
+    """Refuse encoders that a run cannot be trained with, or was not trained with until now."""
+    found = ""
+    if cfg.data.latents == "online":
+        from trainer.online import check_online  # noqa: PLC0415 - loads diffusers
+
+        found = check_online(cfg, datasets)
+    elif datasets and datasets[0].encoding is not None:
+        found = datasets[0].encoding.fingerprint
+    if state is not None:
+        check_encoders(state.encoding_fingerprint, found)
 
 
 def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:

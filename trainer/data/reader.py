@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,7 +22,7 @@ from trainer.data.fetch import read_range
 from trainer.data.manifest import MANIFEST, Manifest, RowWeights, ShardEntry, load_manifest
 from trainer.data.npy import HEADER_BYTES, npy_header, read_npy
 from trainer.data.order import Int64s, Order
-from trainer.data.shards import key_ids, parse_index, read_index
+from trainer.data.shards import find_caption, key_ids, parse_index, read_index
 from trainer.data.tombstones import live_rows, read_row_weights, removed_since
 from trainer.errors import BadData, BadInput
 from trainer.place import is_local
@@ -117,6 +117,11 @@ class OpenShard:
         if len(content) < num_bytes:
             raise self._cut(row, extension, num_bytes, len(content))
         return content
+
+    def caption(self, row: int) -> str:
+        """Read the caption of a row; see `find_caption`."""
+        there = [name for name in self.extensions if self.size_bytes(row, name) >= 0]
+        return find_caption(there, partial(self.read, row), key=self.key(row), path=self.path)
 
     def read_array(self, row: int, extension: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Read a `.npy` member, without a copy where it goes.

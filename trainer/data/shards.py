@@ -7,7 +7,8 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -29,6 +30,8 @@ REPAIR = (
 )
 _HEX_KEY_DIGITS = 16
 _HEX = re.compile(r"[0-9a-fA-F]*")
+CAPTION_MEMBERS = ("txt", "json")
+"""What a caption is read from, in this order."""
 _CAPTIONS = ("caption", "text", "TEXT")
 
 
@@ -275,6 +278,37 @@ def _pread(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
+def find_caption(
+    extensions: Collection[str], read: Callable[[str], bytes], *, key: str, path: Path
+) -> str:
+    """Read the caption of a sample: its txt, or else what its json says.
+
+    Bytes of a txt that are no UTF-8 become U+FFFD.
+
+    Args:
+        extensions: Of the members that the sample has.
+        read: Extension -> content of the member.
+        key: Names the sample in the error.
+        path: Names the tar.
+
+    Raises:
+        BadData: It has neither.
+    """
+    if "txt" in extensions:
+        return read("txt").decode(errors="replace")
+    content = read("json") if "json" in extensions else b""
+    try:
+        facts = json.loads(content)
+        texts = (facts[name] for name in _CAPTIONS if isinstance(facts.get(name), str))
+        return str(next(texts))
+    except (ValueError, AttributeError, StopIteration) as error:
+        raise BadData(
+            f"{path}: {key} has no caption: need a .txt, or a .json with one of "
+            f"{', '.join(_CAPTIONS)}. "
+            f"`kiln remove keys=[{_key_bytes(key).hex()}]` takes it out."
+        ) from error
+
+
 class Shard:
     """A tar opened for reading by position; safe to read from several threads."""
 
@@ -312,28 +346,10 @@ class Shard:
         return content
 
     def caption(self, row: int) -> str:
-        """Read the caption of the sample number `row`: its txt, or else what its json says.
-
-        Bytes of a txt that are no UTF-8 become U+FFFD.
-
-        Raises:
-            BadData: It has neither.
-        """
-        extensions = self.extensions(row)
-        if "txt" in extensions:
-            return self.read(row, "txt").decode(errors="replace")
-        content = self.read(row, "json") if "json" in extensions else b""
-        try:
-            facts = json.loads(content)
-            texts = (facts[name] for name in _CAPTIONS if isinstance(facts.get(name), str))
-            return str(next(texts))
-        except (ValueError, AttributeError, StopIteration) as error:
-            key = self.keys[row]
-            raise BadData(
-                f"{self.path}: {key} has no caption: need a .txt, or a .json with one of "
-                f"{', '.join(_CAPTIONS)}. "
-                f"`kiln remove keys=[{_key_bytes(key).hex()}]` takes it out."
-            ) from error
+        """Read the caption of the sample number `row`; see `find_caption`."""
+        return find_caption(
+            self.extensions(row), partial(self.read, row), key=self.keys[row], path=self.path
+        )
 
     def scan(self) -> pa.Table:
         """Do what `scan_tar` does."""

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.decode import decode_square
+from trainer.data.decode import cover, decode_bgr, decode_square
 from trainer.data.index import PICTURES
 from trainer.data.npy import HEADER_BYTES
 from trainer.data.quarantine import Quarantine
@@ -59,7 +59,25 @@ class PictureBatch:
     """fp32 weights of the losses; None: all are 1."""
 
 
-Batch = LatentBatch | PictureBatch
+@dataclass(frozen=True, slots=True)
+class CaptionedBatch:
+    """Pictures and captions of one micro-batch, for encoders that run while training."""
+
+    ids_B: Tensor
+    """int64 sample ids."""
+    visits_B: Tensor
+    """int64, how often each sample was seen before."""
+    pictures_BHWC: Tensor
+    """uint8 RGB."""
+    captions: tuple[str, ...]
+    """B of them."""
+    names: tuple[str, ...]
+    """Of the B pictures, for messages."""
+    weights_B: Tensor | None = None
+    """fp32 weights of the losses; None: all are 1."""
+
+
+Batch = LatentBatch | PictureBatch | CaptionedBatch
 
 
 class Source(Protocol):
@@ -295,9 +313,7 @@ class PictureSource:
         pictures_BHWC = np.empty((len(slots.positions), side_px, side_px, 3), np.uint8)
 
         def read(number: int, place: Place) -> None:
-            row, shard = place.row, place.shard
-            extension = next((ext for ext in PICTURES if shard.size_bytes(row, ext) >= 0), "jpg")
-            content, name = shard.read(row, extension), shard.name(row, extension)
+            content, name = read_picture(place)
             decode_square(content, side_px, name=name, out=pictures_BHWC[number])
 
         places = self.samples.read(slots, read)
@@ -308,6 +324,47 @@ class PictureSource:
             pictures_BCHW=pictures.permute(0, 3, 1, 2),
             weights_B=_to(self.samples.weights(places), self._device),
         )
+
+
+class CaptionedSource:
+    """Reads pictures and captions of datasets, just as `kiln encode` does."""
+
+    def __init__(self, samples: Samples, *, side_px: int, device: torch.device = _CPU) -> None:
+        """Read from datasets; pictures are resized and centre-cropped to `side_px`."""
+        self.samples, self._side_px, self._device = samples, side_px, device
+
+    def load(self, slots: Slots) -> CaptionedBatch:
+        """Read and decode pictures; read captions."""
+        size, side_px = len(slots.positions), self._side_px
+        pictures_BHWC = np.empty((size, side_px, side_px, 3), np.uint8)
+        captions, names = [""] * size, [""] * size
+
+        def read(number: int, place: Place) -> None:
+            captions[number] = place.shard.caption(place.row)
+            content, names[number] = read_picture(place)
+            bgr_HWC = decode_bgr(content, name=names[number])
+            pictures_BHWC[number] = cover(bgr_HWC, side_px, side_px).rgb_HWC
+
+        places = self.samples.read(slots, read)
+        return CaptionedBatch(
+            ids_B=_ids(places).to(self._device),
+            visits_B=self.samples.visits(slots).to(self._device),
+            pictures_BHWC=torch.from_numpy(pictures_BHWC).to(self._device),
+            captions=tuple(captions),
+            names=tuple(names),
+            weights_B=_to(self.samples.weights(places), self._device),
+        )
+
+
+def read_picture(place: Place) -> tuple[bytes, str]:
+    """Read the file of a sample's picture; and give its name, for messages.
+
+    Raises:
+        BadData: The sample has none, or the tar ends before it does.
+    """
+    row, shard = place.row, place.shard
+    extension = next((ext for ext in PICTURES if shard.size_bytes(row, ext) >= 0), "jpg")
+    return shard.read(row, extension), shard.name(row, extension)
 
 
 def _ids(places: Sequence[Place]) -> Tensor:

@@ -4,7 +4,7 @@ Letters: ``B`` pictures, ``C`` channels, ``H W`` rows and columns. Pictures are 
 [-1, 1]; latents are as the autoencoder leaves them, not normalised.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -19,12 +19,21 @@ from trainer.models.locations import locate
 LOGVAR_OF_NOTHING = -30.0  # the least log-variance that AutoencoderKL itself allows
 
 
+class Statistics(NamedTuple):
+    """Of latents, per channel; a network is trained on ``(latent - mean) / std``."""
+
+    mean: list[float]
+    std: list[float]
+
+
 class Autoencoder(Protocol):
     """A frozen first stage."""
 
     latent_channels: int
     downscale: int
     """Rows of a picture per row of its latent."""
+    statistics: "Statistics"
+    """Of its latents, as its makers measured them."""
 
     def moments(self, pictures_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the log-variance of the latents."""
@@ -43,6 +52,7 @@ class KlAutoencoder:
         self.net = net
         self.latent_channels: int = net.config.latent_channels
         self.downscale: int = 2 ** (len(net.config.block_out_channels) - 1)
+        self.statistics = _statistics(net.config)
 
     @torch.inference_mode()
     def moments(self, pictures_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,6 +80,7 @@ class TinyAutoencoder:
         self.latent_channels: int = net.config.latent_channels
         # net.spatial_scale_factor is 8 whatever the config.
         self.downscale: int = 2 ** (len(net.config.encoder_block_out_channels) - 1)
+        self.statistics = _statistics(net.config)
 
     @torch.inference_mode()
     def moments(self, pictures_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +98,15 @@ class TinyAutoencoder:
         """Move to a device."""
         self.net.to(device)
         return self
+
+
+def _statistics(config: Any) -> Statistics:  # noqa: ANN401 - diffusers is untyped
+    """Read them as diffusers' pipelines do: whole vectors, or one shift and one factor for all."""
+    channels = config.latent_channels
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = [config.get("shift_factor") or 0.0] * channels, [1.0] * channels
+    return Statistics([float(m) for m in mean], [float(s) / config.scaling_factor for s in std])
 
 
 def load_autoencoder(cfg: AutoencoderConfig) -> Autoencoder:

@@ -32,6 +32,7 @@ class Bucket(StrEnum):
     RESTORE = "restore"
     PRODUCTIVE = "productive"
     DATA_STALL = "data_stall"
+    ENCODING = "encoding"
     CHECKPOINT_STALL = "checkpoint_stall"
     EVALUATION = "evaluation"
     DRAIN = "drain"

@@ -33,6 +33,7 @@ _MEANING = {
     Bucket.RESTORE: "loading a checkpoint",
     Bucket.PRODUCTIVE: "work that is in the result",
     Bucket.DATA_STALL: "waiting for data",
+    Bucket.ENCODING: "encoding pictures and captions between steps (data.latents=online)",
     Bucket.CHECKPOINT_STALL: "waiting for a checkpoint",
     Bucket.EVALUATION: "evaluating",
     Bucket.DRAIN: "stopping",

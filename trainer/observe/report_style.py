@@ -91,6 +91,7 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 10p
   padding: .9rem 1rem; overflow-x: auto; font: .84rem/1.5 ui-monospace, "DejaVu Sans Mono",
   Menlo, Consolas, monospace; }
 .b-productive { background: #2a9d6f; } .b-data_stall { background: #e0a526; }
+.b-encoding { background: #9aa83a; }
 .b-checkpoint_stall { background: #7d6bd6; } .b-evaluation { background: #3a8fd1; }
 .b-init { background: #8a939c; } .b-restore { background: #b07aa1; }
 .b-drain { background: #c98b6b; } .b-lost_work { background: #d1495b; }

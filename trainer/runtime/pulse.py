@@ -20,7 +20,7 @@ class Pulse:
         """Do something else from now on; return what was done before.
 
         Args:
-            phase: data, forward, backward, update, agreement, log, or one of `PATIENT`.
+            phase: data, encode, forward, backward, update, agreement, log, or one of `PATIENT`.
         """
         now_s, before = time.monotonic(), self.phase
         self._spent_s[before] += now_s - self._entered_s

@@ -75,7 +75,7 @@ class Stragglers:
             pulse: Of this rank.
             slow_rank_ratio: From how many times the median on a rank is slow.
             is_forward_own: No rank waits for another in the forward pass. It does under ZeRO
-                stage 3, where only the wait for data tells ranks apart.
+                stage 3, where only the wait for data, and encoding, tell ranks apart.
         """
         self._comm, self._pulse = comm, pulse
         self._slow_rank_ratio, self._is_forward_own = slow_rank_ratio, is_forward_own
@@ -115,7 +115,8 @@ class Stragglers:
     def _take_own_s(self) -> float:
         spent_s = self._pulse.take_spent_s()
         forward_s = spent_s["forward"] if self._forward is None else self._forward.take_s()
-        return spent_s["data"] + (forward_s if self._is_forward_own else 0.0)
+        alone_s = spent_s["data"] + spent_s["encode"]
+        return alone_s + (forward_s if self._is_forward_own else 0.0)
 
 
 class _GpuForward:
