@@ -75,7 +75,9 @@ def _bytes_per_rank(cfg: TrainConfig, num_ranks: int) -> tuple[float, float]:
     width = 2 if cfg.engine.precision == "bf16" else 4
     weights = params * width / (num_ranks if stage >= 3 else 1)
     gradients = params * width / (num_ranks if stage >= 2 else 1)
-    master_and_moments = params * 12 / (num_ranks if stage >= 1 else 1)
+    # Without ZeRO fp32 weights are their own masters.
+    numbers = 2 if (stage, width) == (0, 4) else 3
+    master_and_moments = params * 4 * numbers / (num_ranks if stage >= 1 else 1)
     ema = params * 4 / num_ranks
     return weights + gradients, master_and_moments + ema
 

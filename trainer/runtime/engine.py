@@ -15,6 +15,8 @@ from trainer.runtime.comm import Comm
 from trainer.runtime.fragments import FragmentReader
 
 MAX_BUCKET_NUMBERS = 50_000_000
+LIVE_PART = 16
+"""ZeRO 3 has at most about this part of the weights gathered at a time."""
 
 
 def clips_itself(cfg: EngineConfig) -> bool:
@@ -35,9 +37,15 @@ def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
         zero["offload_optimizer"] = on_host
     if engine.offload == "all":
         zero["offload_param"] = on_host
-    if engine.zero_stage in {1, 2}:
+    if engine.zero_stage:
         # The bucket that gradients are copied into. DeepSpeed's own would hold 2 GB.
         zero["reduce_bucket_size"] = min(cfg.num_parameters, MAX_BUCKET_NUMBERS)
+        zero["overlap_comm"] = cfg.cluster.device == "cuda"
+    if engine.zero_stage == 3:
+        # DeepSpeed's own limits, 10^9 weights, would keep most networks gathered as a whole.
+        live = cfg.num_parameters // LIVE_PART
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
+        zero["stage3_prefetch_bucket_size"] = min(live, MAX_BUCKET_NUMBERS)
     if engine.zero_stage == 1 and engine.offload == "none":
         zero["contiguous_gradients"] = False  # gradients are added up where they are
     half = engine.precision != "fp32"

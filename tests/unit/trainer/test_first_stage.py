@@ -129,7 +129,9 @@ def test_before_its_start_a_discriminator_changes_nothing_and_has_gradients_of_z
     assert torch.equal(loss_B, plain_B)
     assert_same(part(grads, "inner."), plain)
     assert all(grad is not None and not grad.any() for grad in part(grads, "discr").values())
-    assert all(grad.any() for grad in part(gradients(early, batch)[1], "discr").values())
+    late = part(gradients(early, batch)[1], "discr")
+    # What the hinge asks of the last bias for real and for made pictures may cancel.
+    assert all(grad.any() for name, grad in late.items() if name != "discriminator.layers.8.bias")
 
 
 def test_losses_belong_to_their_pictures(batch):

@@ -34,7 +34,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_ones_that_do(batch, micro,
 
 def test_what_cannot_fit_is_refused_and_sharding_helps():
     big = {"model__num_parameters": 2**28, "cluster__ranks_per_node": 2}
-    with pytest.raises(BadInput, match=r"take 5\.5 GiB per rank at engine.zero_stage=0"):
+    with pytest.raises(BadInput, match=r"take 4\.5 GiB per rank at engine.zero_stage=0"):
         make_plan(tiny_config(**big, engine__zero_stage=0, cluster__device_memory_gib=4))
     memory = [
         (plan := make_plan(tiny_config(**big, engine__zero_stage=s, cluster__device_memory_gib=99)))
