@@ -10,13 +10,21 @@ TRANSFORMER = {
     "latent_side": 8,
     "text_width": 16,
     "patch_side": 2,
-    "num_layers": 2,
+    "num_layers": 1,
     "num_heads": 2,
     "head_width": 8,
     "num_parameters": 10_000,
 }
 BASES = {
-    "unet": {**UNET, "latent_side": 8, "pooled_tokens": 32, "num_parameters": 60_000},
+    "unet": {
+        **UNET,
+        "latent_side": 8,
+        "block_channels": [8],
+        "cross_attention": [True],
+        "head_width": [8],
+        "pooled_tokens": 32,
+        "num_parameters": 20_000,
+    },
     "transformer": TRANSFORMER,
 }
 # 3 divides no width, so that shards are uneven; alpha is not the rank; a convolution is among them.
@@ -39,4 +47,5 @@ def save_base(data, folder):
 def lora_keys(kind, folder):
     """Config keys of a run that adapts such a folder's network."""
     lora = {**LORA, "targets": [*LORA["targets"], *CONVOLUTIONS[kind]]}
-    return {"model": BASES[kind], "start_from": str(folder), "lora": lora}
+    # While B is zero A has no gradient, and Adam's eps must not make steps of its rounding.
+    return {"model": BASES[kind], "start_from": str(folder), "lora": lora, "optim.eps": 1e-3}
