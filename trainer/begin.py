@@ -36,7 +36,7 @@ def check_begin(cfg: TrainConfig) -> None:
     """Say before any rank starts that the weights to begin with do not fit.
 
     Raises:
-        BadInput: They are of another network, or not there.
+        BadInput: They are of another network, or not there; or adapters sit on others.
     """
     if cfg.start_from is None or isinstance(cfg.model, AutoencoderModelConfig):
         return
@@ -44,6 +44,8 @@ def check_begin(cfg: TrainConfig) -> None:
         check_section(cfg.start_from, cfg.model, section)
     else:
         check_start(cfg.start_from, cfg.model)
+    if cfg.lora is not None and (Path(cfg.run) / BASE).exists():
+        _check_base(cfg, Path(cfg.run))
 
 
 def hold_base(cfg: TrainConfig, comm: Comm) -> None:

@@ -13,7 +13,7 @@ from tests.exports import CAPTIONS, EPS, UNET, export_config, make_run, sampling
 from tests.lora_base import LORA
 from tests.tiny_run import OneRank, save_run
 from trainer import export
-from trainer.begin import hold_base
+from trainer.begin import check_begin, hold_base
 from trainer.build import build_model
 from trainer.config import TrainConfig
 from trainer.errors import BadInput
@@ -124,6 +124,7 @@ def test_the_base_may_move_but_not_change(adapted, tmp_path):
         load_sampler(run, device="cpu", threads=1)
     cfg = replace(read_yaml(TrainConfig, run / "config.yaml"), start_from=str(moved))
     assert "start_from" in config_changes(run, cfg)[0]
+    check_begin(cfg)
     freeze_config(run, cfg)
     assert abs(drawn(load_sampler(run, device="cpu", threads=1)) - wanted).max() == 0
     (weights,) = (moved / "transformer").glob("*.safetensors")
@@ -132,6 +133,8 @@ def test_the_base_may_move_but_not_change(adapted, tmp_path):
     weights.write_bytes(content)
     with pytest.raises(BadInput, match=r"moved has weights with fingerprint .* were trained on"):
         load_sampler(run, device="cpu", threads=1)
+    with pytest.raises(BadInput, match=r"moved has weights with fingerprint .* were trained on"):
+        check_begin(cfg)
     (run / "base.json").unlink()
     with pytest.raises(BadInput, match=r"its base.json, which says on which weights, is not there"):
         load_sampler(run, device="cpu", threads=1)
