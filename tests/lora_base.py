@@ -28,8 +28,8 @@ BASES = {
     "transformer": TRANSFORMER,
 }
 # 3 divides no width, so that shards are uneven; alpha is not the rank; a convolution is among them.
-LORA = {"rank": 3, "alpha": 4.5, "targets": ["to_q", "to_v", "to_out.0", "proj"]}
-CONVOLUTIONS = {"unet": ["conv1", "proj_in"], "transformer": ["pos_embed.proj", "proj_out"]}
+LORA = {"rank": 3, "alpha": 4.5, "targets": ["to_q", "to_out.0"]}
+CONVOLUTIONS = {"unet": ["conv1"], "transformer": ["pos_embed.proj", "proj_out"]}
 
 
 def section(data):
