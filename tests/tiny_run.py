@@ -148,7 +148,7 @@ def save_run(cfg, run, model, **options):
 
 def save_checkpoint(cfg, run, model, *, step, keep_last=9, encoding=None):
     """Save a checkpoint after `step` steps of 8 images; `encoding` is another fingerprint."""
-    weights = dict(model.named_parameters())
+    weights = {name: param for name, param in model.named_parameters() if param.requires_grad}
     dataset = Path(cfg.data.dataset)
     manifest = load_manifest(dataset)
     encodings = list_encodings(dataset) if cfg.reads_latents else []

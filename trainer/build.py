@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trainer.begin import begin_with
+from trainer.begin import begin_with, hold_base
 from trainer.config import AutoencoderModelConfig, TrainConfig
 from trainer.config_diffusion import (
     DenoisingConfig,
@@ -45,6 +45,7 @@ from trainer.feed import Feed, open_feed
 from trainer.loop import Encode, Objective, Parts, Progress
 from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
+from trainer.models.lora import add_adapters
 from trainer.objectives import LatentObjective, Loss, ReconstructionObjective
 from trainer.online import open_online
 from trainer.plan import Plan
@@ -106,6 +107,7 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
         trained: Where its checkpoint stands, if there is one.
     """
     datasets = find_datasets(cfg)
+    hold_base(cfg, comm)
     model = build_model(cfg, is_fresh=trained is None)
     objective: Objective
     encode: Encode | None = None
@@ -171,6 +173,8 @@ def restore(built: Built, folder: Path | None) -> Progress:
 def build_model(cfg: TrainConfig, *, is_fresh: bool = True) -> nn.Module:
     """Make the network, equal on all ranks: from the seed, or a fresh run's as `start_from` says.
 
+    With `lora` it is at every start what `start_from` says, with new adapters.
+
     Raises:
         BadInput: The weights to start from are of another network.
     """
@@ -181,8 +185,10 @@ def build_model(cfg: TrainConfig, *, is_fresh: bool = True) -> nn.Module:
         )
     else:
         model = denoiser = build_denoiser(cfg.model, seed=cfg.seed)
-        if is_fresh and cfg.start_from is not None:
+        if cfg.start_from is not None and (is_fresh or cfg.lora is not None):
             begin_with(denoiser, cfg)
+        if cfg.lora is not None:
+            add_adapters(denoiser, cfg.model, cfg.lora, seed=cfg.seed)
     if cfg.engine.activation_checkpointing:
         model.recompute_activations()  # type: ignore[operator]
     return model

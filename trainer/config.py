@@ -15,6 +15,7 @@ from trainer.config_engine import (
     WatchdogConfig,
 )
 from trainer.config_first_stage import ReconstructionConfig, check_sides
+from trainer.config_lora import LoraConfig
 from trainer.frozen import config
 
 
@@ -230,6 +231,9 @@ class TrainConfig:
     start_from: str | None = None
     """A diffusers folder (or its unet or transformer folder), or another run, whose averages are
     taken: the first weights of a fresh run's denoiser; null draws them from the seed."""
+    lora: LoraConfig | None = None
+    """Train adapters alone, on the weights of `start_from`, which stay as they are and must stay
+    where they are; null trains all weights."""
     batch: BatchConfig
     optim: OptimConfig
     ema: EmaConfig
@@ -265,6 +269,7 @@ class TrainConfig:
             )
         if self.data.latents == "online":
             self._check_online()
+        self._check_lora()
         if self.optim.kind == "adafactor" and self.engine.zero_stage != 0:
             raise ValueError(
                 f"optim.kind=adafactor with engine.zero_stage={self.engine.zero_stage}: it keeps "
@@ -274,6 +279,19 @@ class TrainConfig:
             raise ValueError(
                 f"cluster.num_nodes={self.cluster.num_nodes} needs cluster.kind=slurm; "
                 "a local run has one node. Try cluster.num_nodes=1."
+            )
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            return
+        if self.model.kind == "autoencoder_kl":
+            raise ValueError(
+                f"lora adapts denoisers, and model.kind={self.model.kind} is none. Give lora=null."
+            )
+        if self.start_from is None:
+            raise ValueError(
+                "lora adapts weights that are there, and start_from is null. Give "
+                "start_from=FOLDER, of diffusers or another run, or lora=null."
             )
 
     def _check_first_stage(
@@ -318,7 +336,7 @@ class TrainConfig:
 
     @property
     def num_parameters(self) -> int:
-        """How many weights are trained: the model's, and a discriminator's."""
+        """How many weights the network has: the model's, and a discriminator's."""
         total, objective = self.model.num_parameters, self.objective
         if isinstance(objective, ReconstructionConfig) and objective.discriminator is not None:
             total += objective.discriminator.num_parameters

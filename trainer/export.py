@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.begin import load_trained
 from trainer.command import run_command
 from trainer.config import AutoencoderModelConfig, TrainConfig
 from trainer.config_first_stage import ReconstructionConfig
@@ -18,6 +19,7 @@ from trainer.data.publish import publish_json
 from trainer.errors import BadInput
 from trainer.export_card import training_facts, write_card
 from trainer.export_folder import Parts, is_stock, write_pipeline
+from trainer.export_lora import write_adapters
 from trainer.export_scheduler import make_schedule
 from trainer.frozen import read_yaml
 from trainer.models.autoencoders import build_autoencoder, load_autoencoder
@@ -55,9 +57,12 @@ def run(cfg: ExportConfig) -> int:
             autoencoder.inner.eval().save_pretrained(folder)
             what = type(autoencoder.inner).__name__
         else:
-            parts = _load_parts(trained, state, facts, weights, source=str(run_dir))
+            parts = _load_parts(trained, state, facts, weights, run_dir=run_dir)
+            facts["num_parameters"] = sum(each.numel() for each in parts.denoiser.parameters())
             with quiet_transformers():
                 facts["settings"] = write_pipeline(folder, parts)
+            if trained.lora is not None:
+                write_adapters(folder, weights, trained.model, trained.lora)
             stock = is_stock(trained)
             write_card(folder, run_dir, facts, name=out.resolve().name, is_stock=stock)
             what = "StableDiffusionPipeline" if stock else "pipeline.py, its own pipeline"
@@ -67,7 +72,7 @@ def run(cfg: ExportConfig) -> int:
         out,
         what,
         state.images_seen,
-        facts["num_parameters"] / 1e6,
+        sum(weight.numel() for weight in weights.values()) / 1e6,
     )
     return 0
 
@@ -76,9 +81,9 @@ def _load_parts(
     trained: TrainConfig,
     state: TrainState,
     facts: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
+    weights: dict[str, Tensor],
     *,
-    source: str,
+    run_dir: Path,
 ) -> Parts:
     assert not isinstance(trained.model, AutoencoderModelConfig)
     assert not isinstance(trained.objective, ReconstructionConfig)
@@ -86,12 +91,12 @@ def _load_parts(
     found = identify(trained.encoders).fingerprint
     if found != state.encoding_fingerprint:
         raise BadInput(
-            f"{source} was trained with encoders of fingerprint {state.encoding_fingerprint}, but "
+            f"{run_dir} was trained with encoders of fingerprint {state.encoding_fingerprint}, but "
             f"those of its config now have {found}: their files changed. Bring them back, where "
             "encoders.autoencoder.path and encoders.text.path say."
         )
     denoiser = build_denoiser(trained.model)
-    load_weights(denoiser, weights, source=source)
+    load_trained(denoiser, run_dir, trained, weights)
     return Parts(
         cfg=trained,
         schedule=schedule,

@@ -52,6 +52,8 @@ def training_facts(
     }
     if trained.start_from is not None:
         facts["start_from"] = public_name(trained.start_from)
+    if trained.lora is not None:
+        facts["lora"] = sections["lora"]
     if state.encoding_fingerprint:
         found = _latent_facts(run_dir, trained, state.encoding_fingerprint)
         paths = {name: public_name(path) for name, path in found["paths"].items()}
@@ -141,7 +143,13 @@ def _what(facts: Mapping[str, Any]) -> str:
     ]
     if facts["mean_loss_of_last_rows"] is not None:
         lines.append(f"- Training loss at the end: {facts['mean_loss_of_last_rows']:.4g}")
-    if "start_from" in facts:
+    if "lora" in facts:
+        lora, base = facts["lora"], facts["start_from"]
+        lines.append(
+            f"- LoRA of rank {lora['rank']}, merged into the weights of {base}. The adapters alone "
+            f"are in `lora`: `pipeline.load_lora_weights` puts them on {base}, on nothing else"
+        )
+    elif "start_from" in facts:
         lines.append(f"- Began with the weights of {facts['start_from']}")
     return "\n".join([*lines, ""])
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from trainer.command import run_command
 from trainer.config import TrainConfig
 from trainer.errors import BadInput
+from trainer.models.layers import num_adapter_parameters
 
 _GIB = 2**30
 
@@ -71,9 +72,9 @@ def make_plan(cfg: TrainConfig, *, step: int = 0, images_seen: int = 0) -> Plan:
 
 def _bytes_per_rank(cfg: TrainConfig, num_ranks: int) -> tuple[float, float]:
     """Sharding as in ZeRO (Rajbhandari et al. 2020): 1 states, 2 gradients, 3 weights."""
-    params, stage = cfg.num_parameters, cfg.engine.zero_stage
+    params, stage = num_trained(cfg), cfg.engine.zero_stage
     width = 2 if cfg.engine.precision == "bf16" else 4
-    weights = params * width / (num_ranks if stage >= 3 else 1)
+    weights = (params + _num_frozen(cfg)) * width / (num_ranks if stage >= 3 else 1)
     gradients = params * width / (num_ranks if stage >= 2 else 1)
     # Without ZeRO fp32 weights are their own masters.
     numbers = 2 if (stage, width) == (0, 4) else 3
@@ -82,11 +83,33 @@ def _bytes_per_rank(cfg: TrainConfig, num_ranks: int) -> tuple[float, float]:
     return weights + gradients, master_and_moments + ema
 
 
+def num_trained(cfg: TrainConfig) -> int:
+    """Count the weights that a run trains: all, or LoRA's adapters.
+
+    Raises:
+        BadInput: Adapters should sit where the network has no layer.
+    """
+    if cfg.lora is None:
+        return cfg.num_parameters
+    return num_adapter_parameters(cfg.model, cfg.lora)
+
+
+def _num_frozen(cfg: TrainConfig) -> int:
+    return 0 if cfg.lora is None else cfg.num_parameters
+
+
+def _model_words(cfg: TrainConfig) -> str:
+    words = f"{cfg.model.kind}, {cfg.num_parameters / 1e6:,.1f} M parameters"
+    if cfg.lora is None:
+        return words
+    return f"{words}, frozen; {num_trained(cfg) / 1e6:,.2f} M in adapters of rank {cfg.lora.rank}"
+
+
 def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield the plan as (what, how much) for a table."""
     cluster, batch = cfg.cluster, cfg.batch
     is_online = cfg.data.latents == "online"
-    yield "model", f"{cfg.model.kind}, {cfg.num_parameters / 1e6:,.1f} M parameters"
+    yield "model", _model_words(cfg)
     yield (
         "ranks",
         f"{plan.num_ranks} on {cluster.num_nodes} node(s), {cluster.device}",
@@ -110,7 +133,7 @@ def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _checkpoint_gib(cfg: TrainConfig) -> float:
-    return cfg.num_parameters * 16 / _GIB
+    return num_trained(cfg) * 16 / _GIB
 
 
 def show(cfg: TrainConfig) -> int:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from trainer.begin import load_trained
 from trainer.build import build_parameterization
 from trainer.config import AutoencoderModelConfig, TrainConfig
 from trainer.config_diffusion import DenoisingConfig
@@ -30,7 +31,6 @@ from trainer.frozen import read_yaml
 from trainer.models.autoencoders import Autoencoder, load_autoencoder
 from trainer.models.denoisers import build_denoiser
 from trainer.models.fingerprint import identify
-from trainer.models.loading import load_weights
 from trainer.models.parallel import one_core_workers
 from trainer.models.text_encoders import TextEncoder, load_text_encoder
 from trainer.pipeline_folder import is_pipeline_folder, read_pipeline
@@ -199,7 +199,7 @@ class Sampler:
         assert not isinstance(self.cfg.model, AutoencoderModelConfig)
         weights, state = read_weights(run, which, checkpoint=checkpoint)
         model = build_denoiser(self.cfg.model)
-        load_weights(model, weights, source=str(checkpoint))
+        load_trained(model, run, self.cfg, weights)
         return replace(
             self,
             state=state,
@@ -266,7 +266,7 @@ def load_sampler(
     facts = latents_of(cfg, run).facts
     tensors, state = read_weights(run, weights, checkpoint=checkpoint)
     model = build_denoiser(cfg.model)
-    load_weights(model, tensors, source=str(run))
+    load_trained(model, run, cfg, tensors)
     used = step_folder(checkpoint_root(run), state.step)
     where = torch.device(device)
     text = load_text_encoder(cfg.encoders.text).to(where)

@@ -56,7 +56,7 @@ def run(cfg: TrainConfig) -> int:
             state = read_state(newest) if newest else None
             check_feed(cfg, datasets, state.stream if state else None, files=state is None)
             _check_encoders(cfg, datasets, state)
-            if state is None and cfg.start_from is not None:
+            if cfg.start_from is not None and (state is None or cfg.lora is not None):
                 from trainer.begin import check_begin  # noqa: PLC0415 - loads diffusers
 
                 check_begin(cfg)

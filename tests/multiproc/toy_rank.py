@@ -1,5 +1,6 @@
 """One rank of a toy training, run by the tests beside this: the real loop, engine and bookkeeping
-on a network of odd sizes and a stream of made-up samples; or a small autoencoder, on noise.
+on a network of odd sizes and a stream of made-up samples; or a small autoencoder, or adapters of a
+denoiser, on noise.
 
 Resumes what lies in the run.
 """
@@ -15,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from tests.tiny import tiny_config
+from trainer.begin import hold_base
 from trainer.bookkeeping import Bookkeeper
 from trainer.build import Built, build_model, build_reconstruction, find_checkpoint, restore
 from trainer.data.sources import PictureBatch
@@ -121,6 +123,19 @@ class ToyObjective:
         return loss_B * torch.where(torch.isin(batch.ids_B, self._nan_ids), torch.nan, 1.0)
 
 
+class ToyDenoising:
+    """Learn to halve a latent, whatever the text and the time."""
+
+    def __init__(self, text_width):
+        self._text_width = text_width
+
+    def __call__(self, model, batch, _images_seen):
+        x = batch.pictures_BCHW
+        text = x.flatten(1)[:, : 3 * self._text_width].unflatten(1, (3, self._text_width))
+        mask = torch.ones(text.shape[:2], dtype=torch.bool)
+        return (model(x, batch.ids_B % 1000, text, mask) - x / 2).square().mean((1, 2, 3))
+
+
 def train_toy(folder, steps, changes, **faults):
     """Be one rank of a run.
 
@@ -185,6 +200,10 @@ def _train(
             if cfg.model.kind == "autoencoder_kl":
                 model, objective = build_model(cfg), build_reconstruction(cfg, comm.device)
                 shape = (3, cfg.encoders.image_side_px, cfg.encoders.image_side_px)
+            if cfg.lora is not None:
+                hold_base(cfg, comm)
+                model, objective = build_model(cfg), ToyDenoising(cfg.model.text_width)
+                shape = (cfg.model.latent_channels, *[cfg.model.latent_side] * 2)
             pace = (env.rank, env.world, cfg.batch.micro_batch_images)
             feed = ToyFeed(pace, excluded_ids(run), shape, dict(feed_acts))
             built, progress = assemble(cfg, plan, comm, model, objective, feed)
@@ -197,7 +216,7 @@ def _train(
 
 def assemble(cfg, plan, comm, model, objective, feed):
     """Build the toy, and bring it to where its newest checkpoint stands."""
-    shapes = {name: list(param.shape) for name, param in model.named_parameters()}
+    shapes = {n: list(param.shape) for n, param in model.named_parameters() if param.requires_grad}
     engine = Engine(model, cfg, plan, comm)
     checkpoint = find_checkpoint(checkpoints_of(cfg), comm)
     built = Built(

@@ -66,6 +66,16 @@ def identify(encoders: EncodersConfig) -> Identity:
     )
 
 
+def folder_fingerprint(folder: Path) -> str:
+    """Hash the configuration and the weights in a model's folder; as many hex digits.
+
+    Raises:
+        BadInput: It holds no weights.
+    """
+    canonical = json.dumps(_hashes(folder, _WEIGHTS), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
 def _hashes(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
     """Return file name -> sha256."""
     names = sorted({path.name for pattern in patterns for path in folder.glob(pattern)})

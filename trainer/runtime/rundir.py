@@ -72,7 +72,9 @@ def config_changes(run: Path, cfg: TrainConfig) -> list[str]:
     if path.exists():
         before = thaw(read_yaml(TrainConfig, path))
         changed = [line for line in differences(before, thaw(cfg)) if not line.startswith("run:")]
-        refused = [line for line in changed if not line.startswith(_MAY_CHANGE)]
+        # Adapters know the weights they sit on by content, wherever these lie now.
+        may_change = _MAY_CHANGE if cfg.lora is None else (*_MAY_CHANGE, "start_from")
+        refused = [line for line in changed if not line.startswith(may_change)]
         if refused:
             raise BadInput(
                 f"{run} was begun with another configuration:\n  " + "\n  ".join(refused) + "\n"
