@@ -110,6 +110,7 @@ class Engine:
         )
         if cfg.engine.zero_stage in {1, 2}:
             shortcuts.keep_views(self._engine.optimizer)
+            shortcuts.norms_at_once(self._engine.optimizer)
             if cfg.cluster.device == "cpu":
                 shortcuts.gather_by_broadcast(sys.modules[type(self._engine.optimizer).__module__])
         # One rank has nobody to add its gradients to: without copying them to and fro.

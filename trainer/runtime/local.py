@@ -22,6 +22,10 @@ _SETTLE_S = 1.0
 _GRACE_S = 5.0
 _TAIL_LINES = 15
 
+ALLOCATOR_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""Makes glibc keep what a step freed for the next one. By default it gives large blocks back to the
+kernel, which then zeroes their pages again, every step."""
+
 
 def run_ranks(
     module: str,
@@ -57,6 +61,7 @@ def run_ranks(
                 subprocess.Popen(  # noqa: S603 - our own module, no shell
                     [sys.executable, "-m", module, *args],
                     env={
+                        **ALLOCATOR_ENV,
                         **os.environ,
                         **env,
                         "KILN_PARENT": str(os.getpid()),
