@@ -114,7 +114,9 @@ def build(cfg: TrainConfig, plan: Plan, comm: Comm, trained: TrainState | None) 
     if isinstance(cfg.model, AutoencoderModelConfig):
         objective, encoding = build_reconstruction(cfg, comm.device), ""
     else:
-        objective, encode, encoding = _second_stage(cfg, datasets[0], comm)
+        objective, encode, encoding = _second_stage(
+            cfg, datasets[0], comm, has_begun=trained is not None
+        )
     if trained is not None:
         check_encoders(trained.encoding_fingerprint, encoding)
     shapes = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
@@ -277,13 +279,13 @@ def _preserving(cfg: VpProcessConfig) -> Process:
 
 
 def _second_stage(
-    cfg: TrainConfig, dataset: Dataset, comm: Comm
+    cfg: TrainConfig, dataset: Dataset, comm: Comm, *, has_begun: bool
 ) -> tuple[Objective, Encode | None, str]:
     """Make the objective, the encoder if there is one, and the fingerprint of all encoders."""
     assert isinstance(cfg.objective, DenoisingConfig)
     encode: Encode | None = None
     if dataset.encoding is None:
-        online = open_online(cfg, dataset, comm)
+        online = open_online(cfg, dataset, comm, has_begun=has_begun)
         encode, fingerprint, (mean, std) = online.encode, online.fingerprint, online.statistics
         null_text_LD = online.null_text_LD
     else:

@@ -65,12 +65,7 @@ def latents_of(cfg: TrainConfig, run: Path) -> Latents:
         dataset = place(cfg.data.dataset)
         encoding = matching_encoding(cfg, dataset, load_manifest(dataset))
         return Latents(encoding.fingerprint, encoding.facts)
-    recorded = read_record(run)
-    if recorded is None:
-        raise BadInput(
-            f"{run} has no {RECORD}, which says how its latents are normalised: it did not begin "
-            "to train yet, or is no whole copy. Give the run= of one that did."
-        )
+    recorded = require_record(run)
     check_encoders(recorded.fingerprint, identify(cfg.encoders).fingerprint)
     return recorded
 
@@ -124,6 +119,22 @@ def read_record(run: Path) -> Latents | None:
             f"{path} is damaged ({error.errors()[0]['msg']}). Bring back the copy that the run "
             "began with."
         ) from error
+
+
+def require_record(run: Path) -> Latents:
+    """Read what a run that has begun wrote down of its latents.
+
+    Raises:
+        BadInput: The file is damaged, or not there.
+    """
+    recorded = read_record(run)
+    if recorded is None:
+        raise BadInput(
+            f"{run} has no {RECORD}, which says how its latents are normalised: it did not begin "
+            "to train yet, or is no whole copy. Bring the file back, or give the run= of one that "
+            "has it."
+        )
+    return recorded
 
 
 def write_record(run: Path, latents: Latents) -> None:

@@ -19,7 +19,14 @@ from trainer.config import TrainConfig
 from trainer.data.opening import Dataset
 from trainer.data.shards import CAPTION_MEMBERS, read_index
 from trainer.data.sources import Batch, CaptionedBatch, LatentBatch
-from trainer.encoded import Latents, check_network, read_record, write_record
+from trainer.encoded import (
+    Latents,
+    check_encoders,
+    check_network,
+    read_record,
+    require_record,
+    write_record,
+)
 from trainer.errors import BadInput
 from trainer.loop import Span
 from trainer.models.autoencoders import Statistics
@@ -109,16 +116,25 @@ class Online:
     """float32 states of the empty caption."""
 
 
-def open_online(cfg: TrainConfig, dataset: Dataset, comm: Comm) -> Online:
+def open_online(cfg: TrainConfig, dataset: Dataset, comm: Comm, *, has_begun: bool) -> Online:
     """Load the encoders on one rank; rank 0 settles, once for a run, how latents are normalised.
 
+    Args:
+        cfg: Of the run.
+        dataset: Its first.
+        comm: With the other ranks.
+        has_begun: The run has a checkpoint: how its latents are normalised must be written down.
+
     Raises:
-        BadInput: The encoders do not load, or do not fit the network.
+        BadInput: The encoders do not load, do not fit the network, or are not those that a run
+            began with; or such a run does not say any more how its latents are normalised.
         BadWorld: The model hub did not give them.
     """
     encoders = load_frozen_encoders(cfg.encoders, comm.device)
     check_network(cfg, _shapes(cfg, encoders))
     identity = identify(cfg.encoders)
+    if has_begun:  # before rank 0 writes: a refusal must leave the record as it is
+        check_encoders(require_record(Path(cfg.run)).fingerprint, identity.fingerprint)
     channels = encoders.autoencoder.latent_channels
     told = [0.0] * (2 * channels)
     if comm.rank == 0:

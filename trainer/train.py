@@ -13,7 +13,7 @@ from trainer.config import TrainConfig
 from trainer.data.opening import Dataset
 from trainer.data.publish import publish_json
 from trainer.datasets import dataset_places, find_datasets
-from trainer.encoded import check_encoders
+from trainer.encoded import check_encoders, require_record
 from trainer.errors import BadInput
 from trainer.feed import check_feed
 from trainer.place import storage
@@ -81,6 +81,8 @@ def _check_encoders(
         from trainer.online import check_online  # noqa: PLC0415 - loads diffusers
 
         found = check_online(cfg, datasets)
+        if state is not None:
+            require_record(Path(cfg.run))
     elif datasets and datasets[0].encoding is not None:
         found = datasets[0].encoding.fingerprint
     if state is not None:

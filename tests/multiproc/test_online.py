@@ -118,6 +118,7 @@ def test_other_encoders_at_resume_are_refused(runs, tmp_path, dataset, encoders)
     mine = replace(encoders, autoencoder=replace(encoders.autoencoder, path=str(kl)))
     cfg = config(tmp_path / "run", dataset, mine, "online", total_images=16)
     run, _ = trained(cfg)
+    remembered = (run / RECORD).read_bytes()
     weights = kl / "diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -128,6 +129,19 @@ def test_other_encoders_at_resume_are_refused(runs, tmp_path, dataset, encoders)
     freeze_config(run, longer)
     run_forked(work, run, num_ranks=1, log_dir=run)
     assert "files changed" in log(run)
+    assert (run / RECORD).read_bytes() == remembered
     other = replace(longer, data=replace(longer.data, latents="encoded"))
     with pytest.raises(BadInput, match=r'data.latents: "online" -> "encoded"'):
         freeze_config(run, other)
+
+
+def test_a_run_that_lost_its_normalisation_does_not_go_on(runs, tmp_path, dataset, encoders):
+    """Another one would silently scale what a trained network reads."""
+    again = interrupted(runs["online", 1][0], tmp_path / "again", SAVE_AT)
+    cfg = config(again, dataset, encoders, "online")
+    with pytest.raises(BadInput, match=f"has no {RECORD}, which says how its latents"):
+        train.run(cfg)
+    freeze_config(again, cfg)
+    run_forked(work, again, num_ranks=2, log_dir=again)
+    assert f"has no {RECORD}" in log(again)
+    assert not (again / RECORD).exists()

@@ -148,7 +148,7 @@ def test_fingerprint_and_facts_are_those_of_the_encoding(
     wanted = list_encodings(tiny_scenes)[0]
     for number, dataset in enumerate((tiny_scenes, unencoded)):
         cfg = online_config(tmp_path / str(number), dataset, tiny_encoder_section)
-        online = open_online(cfg, dataset_of(dataset), Alone())
+        online = open_online(cfg, dataset_of(dataset), Alone(), has_begun=False)
         facts = read_record(tmp_path / str(number)).facts
         assert online.fingerprint == wanted.fingerprint
         for name in ("latent_shape", "text_width", "autoencoder", "text"):
@@ -162,7 +162,7 @@ def test_without_an_encoding_latents_are_normalised_as_the_autoencoder_says(
     unencoded, tiny_encoder_section, tmp_path
 ):
     cfg = online_config(tmp_path / "run", unencoded, tiny_encoder_section)
-    online = open_online(cfg, dataset_of(unencoded), Alone())
+    online = open_online(cfg, dataset_of(unencoded), Alone(), has_begun=False)
     assert online.statistics.mean == [0.0] * 4
     assert online.statistics.std == pytest.approx([1 / 0.18215] * 4)  # diffusers' default
     assert online.null_text_LD.dtype == torch.float32
@@ -192,7 +192,7 @@ def test_latents_of_an_autoencoder_that_says_nothing_are_measured(
     kl = with_config(save_kl(tmp_path / "kl"), scaling_factor=1.0)
     encoders = replace(tiny_encoder_section, autoencoder=AutoencoderConfig(kind="kl", path=str(kl)))
     cfg = online_config(tmp_path / "run", unencoded, encoders)
-    found = open_online(cfg, dataset_of(unencoded), Alone()).statistics
+    found = open_online(cfg, dataset_of(unencoded), Alone(), has_begun=False).statistics
     encode_dataset(unencoded, encoders)
     wanted = list_encodings(unencoded)[0].facts
     np.testing.assert_allclose(found.mean, wanted["latent_mean"], rtol=1e-3, atol=1e-4)
@@ -204,9 +204,10 @@ def test_the_normalisation_of_a_run_stays_when_an_encoding_comes(
     unencoded, tiny_encoder_section, tmp_path
 ):
     cfg = online_config(tmp_path / "run", unencoded, tiny_encoder_section)
-    before = open_online(cfg, dataset_of(unencoded), Alone()).statistics
+    before = open_online(cfg, dataset_of(unencoded), Alone(), has_begun=False).statistics
     encode_dataset(unencoded, tiny_encoder_section)
-    assert open_online(cfg, dataset_of(unencoded), Alone()).statistics == before
+    again = open_online(cfg, dataset_of(unencoded), Alone(), has_begun=True)
+    assert again.statistics == before
     assert latents_of(cfg, tmp_path / "run").facts["latent_std"] == before.std
 
 
