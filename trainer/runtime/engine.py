@@ -24,6 +24,11 @@ def clips_itself(cfg: EngineConfig) -> bool:
     return cfg.zero_stage == 0 and cfg.precision == "fp32"
 
 
+def adds_in_place(cfg: EngineConfig) -> bool:
+    """Say whether gradients are added up over the ranks where they are."""
+    return cfg.zero_stage == 1 and cfg.offload == "none"
+
+
 def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
     """Return the DeepSpeed JSON of a run; it is written into the run directory too."""
     engine = cfg.engine
@@ -46,8 +51,8 @@ def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
         live = cfg.num_parameters // LIVE_PART
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
         zero["stage3_prefetch_bucket_size"] = min(live, MAX_BUCKET_NUMBERS)
-    if engine.zero_stage == 1 and engine.offload == "none":
-        zero["contiguous_gradients"] = False  # gradients are added up where they are
+    # Else gradients are copied to one place first.
+    zero["contiguous_gradients"] = not adds_in_place(engine)
     half = engine.precision != "fp32"
     return {
         "train_batch_size": cfg.batch.global_batch_images,
@@ -109,10 +114,7 @@ class Engine:
             dist_init_required=False,
         )
         if cfg.engine.zero_stage in {1, 2}:
-            shortcuts.keep_views(self._engine.optimizer)
-            shortcuts.norms_at_once(self._engine.optimizer)
-            if cfg.cluster.device == "cpu":
-                shortcuts.gather_by_broadcast(sys.modules[type(self._engine.optimizer).__module__])
+            self._shorten(cfg)
         # One rank has nobody to add its gradients to: without copying them to and fro.
         self._engine.enable_backward_allreduce = comm.world > 1 or cfg.engine.zero_stage > 0
         self._is_fp16 = cfg.engine.precision == "fp16"
@@ -120,6 +122,16 @@ class Engine:
         self._clip_grad_norm = cfg.optim.clip_grad_norm
         self._grad_norm: Tensor | None = None
         self.fragments = FragmentReader(self._engine, rank=comm.rank, world=comm.world)
+
+    def _shorten(self, cfg: TrainConfig) -> None:
+        """Leave out what DeepSpeed does in every step and need not."""
+        zero = self._engine.optimizer
+        shortcuts.keep_views(zero)
+        shortcuts.norms_at_once(zero)
+        if cfg.cluster.device == "cpu":
+            shortcuts.gather_by_broadcast(sys.modules[type(zero).__module__])
+            if adds_in_place(cfg.engine) and cfg.engine.precision == "fp32":
+                shortcuts.reduce_to_owners(zero)
 
     @property
     def model(self) -> nn.Module:

@@ -24,6 +24,39 @@ def gather_by_broadcast(stage_1_and_2: Any) -> None:  # noqa: ANN401 - a module 
     stage_1_and_2.all_gather_dp_groups = _broadcast_shards
 
 
+def reduce_to_owners(zero: Any) -> None:  # noqa: ANN401 - untyped
+    """Send the gradients of ZeRO 1 only to the rank that owns them, all in one exchange.
+
+    DeepSpeed gives the sum of all gradients to all ranks, and copies it back into each.
+    """
+    all_reduce = zero.allreduce_no_retain
+    (params,) = zero.bit16_groups
+    num_numbers = sum(param.numel() for param in params)
+
+    def reduce(bucket: Sequence[Tensor], *args: object, **kwargs: object) -> None:
+        if sum(gradient.numel() for gradient in bucket) == num_numbers:
+            _exchange(params, zero.partition_size[0], zero.dp_process_group)
+        else:  # some of a large network's, or not all weights were used
+            all_reduce(bucket, *args, **kwargs)
+
+    zero.allreduce_no_retain = reduce
+
+
+def _exchange(params: Sequence[Tensor], owned: int, group: torch.distributed.ProcessGroup) -> None:
+    """Average the gradients that this rank owns; those of others become useless."""
+    rank, world = group.rank(), group.size()
+    gradients = [param.grad for param in params if param.grad is not None]
+    flat, received = torch.empty(2, world, owned, dtype=gradients[0].dtype)
+    ours, padding = flat.view(-1).tensor_split([sum(param.numel() for param in params)])
+    torch.cat([gradient.reshape(-1) for gradient in gradients], out=ours)
+    padding.zero_()
+    torch.distributed.all_to_all_single(received, flat, group=group)
+    torch.mean(received, dim=0, out=flat[rank])
+    pieces = ours.split([gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.data = piece.view_as(gradient)
+
+
 def norms_at_once(zero: Any) -> None:  # noqa: ANN401 - untyped
     """Take the norms of all gradients of ZeRO 1 and 2 in one call, in the gradients' precision.
 
