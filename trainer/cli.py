@@ -30,6 +30,7 @@ COMMANDS = {
         "print epochs, windows, cache and requests of a run's data; reads manifests only",
     ),
     "train": ("trainer.train", "train, or continue a run; the same command again resumes"),
+    "checkpoints": ("trainer.checkpoints", "list a run's checkpoints and re-hash all their files"),
     "sample": (
         "trainer.sample",
         "draw labelled pictures from prompts with a run's weights",

@@ -46,7 +46,7 @@ def run(cfg: TrainConfig) -> int:
         )
     folder = Path(cfg.run)
     with ExitStack() as stack:
-        for where in dataset_places(cfg.data):
+        for where in (*dataset_places(cfg.data), checkpoints_of(cfg)):
             stack.enter_context(storage(where))
         datasets = find_datasets(cfg)
         check_feed(cfg, datasets, None)
