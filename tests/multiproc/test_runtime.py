@@ -2,11 +2,13 @@
 
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.forked import run_forked
 from tests.multiproc.toy_rank import REPLACED, network
 from tests.multiproc.toys import STEPS, assert_equal, everything, interrupted, log, run_toy
 from tests.tiny import tiny_config
@@ -14,9 +16,13 @@ from trainer.errors import BadInput
 from trainer.observe.accounts import close_check, totals
 from trainer.observe.jsonl import read_rows
 from trainer.observe.ledger import Bucket
+from trainer.plan import make_plan
 from trainer.runtime.checkpoint import newest_valid, read_record, verify
+from trainer.runtime.comm import Comm
 from trainer.runtime.compiled import build_cpu_op
-from trainer.runtime.ema import decays
+from trainer.runtime.ema import Ema, decays
+from trainer.runtime.engine import Engine
+from trainer.runtime.env import read_rank_env
 from trainer.runtime.rundir import RECORD, complete, step_of
 from trainer.runtime.signals import EXIT_REQUEUE
 from trainer.runtime.weights import read_weights
@@ -143,6 +149,39 @@ def test_averages_of_fragments_are_those_of_whole_weights_bit_for_bit(tmp_path):
                 tensor.lerp_(raw[name], 1.0 - decay(8, images))
             kept = read_weights(run, average, checkpoint=folder)[0]
             assert all(torch.equal(kept[name], tensor) for name, tensor in whole[average].items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_rank_averages_although_all_others_are_gone(tmp_path, stage):
+    """So no step of the averages takes part in a collective."""
+    codes = run_forked(average_alone, tmp_path, stage, num_ranks=2, log_dir=tmp_path, others_s=60)
+    assert codes == [0, 0], log(tmp_path, 1)
+
+
+def average_alone(folder, stage):
+    env = read_rank_env()
+    cfg = tiny_config(
+        run=str(folder),
+        cluster__ranks_per_node=2,
+        batch__global_batch_images=8,
+        batch__micro_batch_images=4,
+        engine__zero_stage=stage,
+    )
+    engine = Engine(network(), cfg, make_plan(cfg), Comm(env, "cpu"))
+    ema = Ema(engine.fragments, decays(cfg.ema))
+    gone = folder / "gone"
+    if env.rank == 0:
+        gone.touch()
+        return
+    while not gone.exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    for fragment in engine.fragments:
+        fragment.weight.add_(1.0)
+    before = [[t.clone() for t in some] for some in ema.tensors().values()]
+    ema.update(images_per_step=8, images_seen=8)
+    for some, were in zip(ema.tensors().values(), before, strict=True):
+        assert all((now > then).all() for now, then in zip(some, were, strict=True))
 
 
 def test_bf16_weights_do_not_freeze_the_averages(tmp_path):

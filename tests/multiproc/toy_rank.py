@@ -68,8 +68,9 @@ class SlowToSave(Bookkeeper):
 class ToyFeed:
     """Sample n is a draw keyed by n; one that is left out is replaced by number n + REPLACED."""
 
-    def __init__(self, pace, excluded, shape, acts):
+    def __init__(self, pace, excluded, shape, acts, device):
         self._rank, self._world, self._micro = pace
+        self._device = device
         self._shape, self._excluded, self._acts = shape, set(excluded), acts
 
     def begin(self, saved):
@@ -99,7 +100,8 @@ class ToyFeed:
                         for n in ids
                     ]
                 )
-                yield PictureBatch(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.int64), x)
+                visits = torch.zeros(len(ids), dtype=torch.int64)
+                yield PictureBatch(*(t.to(self._device) for t in (torch.tensor(ids), visits, x)))
             state = self.advance(state)
 
 
@@ -118,9 +120,12 @@ class ToyObjective:
         act(self._acts, batch.ids_B.tolist())
         x = batch.pictures_BCHW
         dtype = next(model.parameters()).dtype
-        target_B = x.sum(1) + 1000 * torch.isin(batch.ids_B, self._wild_ids)
+        is_nan_B, is_wild_B = (
+            torch.isin(batch.ids_B, ids.to(x.device)) for ids in (self._nan_ids, self._wild_ids)
+        )
+        target_B = x.sum(1) + 1000 * is_wild_B
         loss_B = (model(x.to(dtype))[:, 0].float() - target_B).square()
-        return loss_B * torch.where(torch.isin(batch.ids_B, self._nan_ids), torch.nan, 1.0)
+        return loss_B * torch.where(is_nan_B, torch.nan, 1.0)
 
 
 class ToyDenoising:
@@ -191,7 +196,7 @@ def _train(
     if env.rank == 0:
         write_yaml(cfg, run / "config.yaml")
     with Watchdog(attempt_dir(run, env.attempt), env, cfg.watchdog, pulse):
-        comm = Comm(env, "cpu")
+        comm = Comm(env, cfg.cluster.device)
         SlowToSave.save_s = save_s
         with SlowToSave(
             cfg, plan, comm, attempt=env.attempt, launcher_pid=None, pulse=pulse
@@ -205,7 +210,7 @@ def _train(
                 model, objective = build_model(cfg), ToyDenoising(cfg.model.text_width)
                 shape = (cfg.model.latent_channels, *[cfg.model.latent_side] * 2)
             pace = (env.rank, env.world, cfg.batch.micro_batch_images)
-            feed = ToyFeed(pace, excluded_ids(run), shape, dict(feed_acts))
+            feed = ToyFeed(pace, excluded_ids(run), shape, dict(feed_acts), comm.device)
             built, progress = assemble(cfg, plan, comm, model, objective, feed)
             books.begin(built, progress)
             finished = train(built.parts(), progress, stop, books)
@@ -217,7 +222,7 @@ def _train(
 def assemble(cfg, plan, comm, model, objective, feed):
     """Build the toy, and bring it to where its newest checkpoint stands."""
     shapes = {n: list(param.shape) for n, param in model.named_parameters() if param.requires_grad}
-    engine = Engine(model, cfg, plan, comm)
+    engine = Engine(model.to(comm.device), cfg, plan, comm)
     checkpoint = find_checkpoint(checkpoints_of(cfg), comm)
     built = Built(
         cfg=cfg,
