@@ -134,7 +134,7 @@ def test_impossible_networks_are_refused(data, changes, match):
         build_denoiser(config(data, **changes))
 
 
-@pytest.mark.parametrize("name", ["unet_tiny", "transformer_tiny", "unet_sd2"])
+@pytest.mark.parametrize("name", ["unet_tiny", "transformer_tiny", "unet_sd2", "transformer_xl"])
 def test_the_shipped_configs_state_their_size(name):
     composed = compose_dict("train", [f"model={name}", "data.dataset=none"])["model"]
     cfg = TypeAdapter(Annotated[ModelConfig, Field()]).validate_python(composed)
