@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.train_peers import Step, make_step
 from trainer.bookkeeping import Bookkeeper
@@ -63,7 +64,7 @@ def measure(
 
     Returns:
         step_s: of each system. ratio: of Kiln's step to each peer's beside it. share: of the
-        averages and of the random numbers in Kiln's step.
+        averages and of the random numbers in Kiln's step. collectives: of an update of averages.
     """
     plan = make_plan(cfg)
     books = InTurn(
@@ -88,7 +89,18 @@ def measure(
             "moving average": _median_s(lambda: built.ema.update(**seen)) / step_s,
             "random numbers": draws_s / step_s,
         },
+        "collectives": {"moving average": _collectives(lambda: built.ema.update(**seen))},
     }
+
+
+def _collectives(action: Callable[[], None]) -> float:
+    """Count the collectives that PyTorch records."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        action()
+    names = ("gloo:", "nccl:", "c10d::")
+    return float(
+        sum(event.count for event in recorded.key_averages() if event.key.startswith(names))
+    )
 
 
 def _draw(cfg: TrainConfig) -> None:

@@ -70,6 +70,18 @@ def runs(tmp_path_factory, dataset, encoders):
     }
 
 
+def test_adapters_learn_alike_from_what_is_encoded_meanwhile(runs, tmp_path, dataset, encoders):
+    adapters = {
+        "start_from": str(runs["encoded", 1][0]),
+        "lora": {"rank": 2, "alpha": 2.0, "targets": ["to_q", "to_v"]},
+    }
+    before, meanwhile = (
+        trained(config(tmp_path / latents, dataset, encoders, latents, **adapters))[1]
+        for latents in ("encoded", "online")
+    )
+    assert meanwhile == pytest.approx(before, rel=2e-3)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_step_has_the_loss_that_encoded_latents_give(runs, world):
     expected, found = runs["encoded", 1][1], runs["online", world][1]
