@@ -24,11 +24,13 @@ def law_of(*datasets, **changes):
 
 def rows_of(law, slots):
     """Give (dataset, bucket, row, epoch) of each sample of a step."""
-    out = []
-    for member, position in zip(slots.members.tolist(), slots.positions.tolist(), strict=True):
-        row, epoch = law.orders[member][slots.bucket].at(np.array([position]))
-        out.append((member, slots.bucket, int(row[0]), int(epoch[0])))
-    return out
+    out = {}
+    for member in np.unique(slots.members).tolist():
+        mine = np.flatnonzero(slots.members == member)
+        rows, epochs = law.orders[member][slots.bucket].at(slots.positions[mine])
+        for number, row, epoch in zip(mine.tolist(), rows.tolist(), epochs.tolist(), strict=True):
+            out[number] = (member, slots.bucket, row, epoch)
+    return [out[number] for number in range(len(slots.members))]
 
 
 def run(law, state, batches, *, world=1):

@@ -68,6 +68,8 @@ class Order:
             self._streams, self._window = 1, self.num_rows
         # Two epochs are in use where one rolls over into the next.
         self.epoch = lru_cache(maxsize=2)(self._epoch)
+        # A block of a small dataset is an epoch: each epoch costs some calls.
+        self._block_rows = min(_BLOCK, self.num_rows)
         self._block = lru_cache(maxsize=4)(self._rows_of_block)
 
     @property
@@ -78,12 +80,13 @@ class Order:
     def at(self, positions: Int64s) -> tuple[Int64s, Int64s]:
         """Give the rows at positions of the endless sequence, and their epochs (any shape)."""
         epochs, places = np.divmod(positions, self.num_rows)
-        if 0 < positions.size < _BLOCK:
+        size = self._block_rows
+        if 0 < positions.size < size:
             low, high = int(positions.min()), int(positions.max())
-            block = low // _BLOCK
+            block = low // size
             # A small step: its neighbours will be asked for next, and cost nothing more.
-            if block == high // _BLOCK and high - low < _DENSE * positions.size:
-                return self._block(block)[positions - block * _BLOCK], epochs
+            if block == high // size and high - low < _DENSE * positions.size:
+                return self._block(block)[positions - block * size], epochs
         return self._rows_at(places, epochs), epochs
 
     def positions(self, rows: Int64s, epoch: int) -> Int64s:
@@ -152,7 +155,7 @@ class Order:
         return Epoch(shards, np.cumsum(self.counts[shards]), turns)
 
     def _rows_of_block(self, block: int) -> Int64s:
-        positions = np.arange(block * _BLOCK, (block + 1) * _BLOCK)
+        positions = np.arange(block * self._block_rows, (block + 1) * self._block_rows)
         epochs, places = np.divmod(positions, self.num_rows)
         return self._rows_at(places, epochs)
 
