@@ -56,7 +56,7 @@ def test_a_rank_that_waits_for_data_forever_is_named_and_all_ranks_show_stacks(t
     said = verdict(tmp_path)
     assert f"held up by rank {guilty} on " in said
     assert "in data of step 3, for " in said
-    assert "Waiting: 1 rank in gloo:all_reduce (backward of step 3)" in said
+    assert "Waiting: 1 rank in gloo:all_to_all (backward of step 3)" in said
     for rank in (0, 1):
         assert f"rank {rank}: {said}" in log(tmp_path, rank)
     assert "in sleep_forever" in log(tmp_path, guilty)
@@ -71,7 +71,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_others(tmp_path, guilty):
     said = verdict(tmp_path)
     assert f"held up by rank {guilty} on " in said
     assert "gave no sign of life" in said
-    assert "Waiting: 1 rank in gloo:all_reduce" in said
+    assert "Waiting: 1 rank in gloo:all_to_all" in said
 
 
 def test_a_c_call_that_keeps_the_interpreter_shows_its_stack_and_ends_too(tmp_path):
