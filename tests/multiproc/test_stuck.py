@@ -60,7 +60,7 @@ def test_a_rank_that_waits_for_data_forever_is_named_and_all_ranks_show_stacks(t
     for rank in (0, 1):
         assert f"rank {rank}: {said}" in log(tmp_path, rank)
     assert "in sleep_forever" in log(tmp_path, guilty)
-    assert "in all_reduce" in log(tmp_path, 1 - guilty)
+    assert "in all_to_all" in log(tmp_path, 1 - guilty)
 
 
 @pytest.mark.parametrize("guilty", [0, 1])
