@@ -1,8 +1,10 @@
 """A tiny painted source with every fault, and the config to prepare it."""
 
 import hashlib
+import random
 import shutil
 import socket
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,9 +32,12 @@ NUM_REDIRECTED = 4
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Find a port for a server, below those that the kernel gives to outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def source_overrides(out, *more):
