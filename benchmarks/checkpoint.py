@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.checkpoint_rank import ROUNDS
 from benchmarks.data_wait import publish
-from benchmarks.harness import Row, claim_at_most, write_result
+from benchmarks.harness import claim_at_most, row_of, write_result
 from benchmarks.train_memory import MODEL, NUM_PARAMETERS
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.local import run_ranks
@@ -68,15 +68,12 @@ def main() -> int:
     for key, (system, metric, unit) in METRICS.items():
         values = [one[key] / (1e6 if unit == "MB" else 1) for one in found]
         rows.append(
-            Row(
+            row_of(
+                values,
                 case=case,
                 system=system,
                 metric=metric,
                 unit=unit,
-                median=statistics.median(values),
-                min=min(values),
-                max=max(values),
-                repetitions=len(values),
             )
         )
 

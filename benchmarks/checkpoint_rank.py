@@ -5,16 +5,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.train_memory import Silent
 from trainer.build import Built, build, find_checkpoint, restore
 from trainer.config import TrainConfig
 from trainer.frozen import compose
-from trainer.loop import Mine, Progress, StepFacts, take_step
+from trainer.loop import Progress, take_step
 from trainer.plan import make_plan
 from trainer.runtime.checkpoint import TrainState
 from trainer.runtime.comm import Comm
@@ -27,24 +27,6 @@ from trainer.runtime.snapshot import Snapshot
 
 ROUNDS = 6
 """The first does not count: it makes the buffers."""
-
-
-class Silent:
-    """Watches nothing."""
-
-    def span(self, _bucket: str) -> AbstractContextManager[None]:
-        """Account for nothing."""
-        return nullcontext()
-
-    def at(self, _phase: str) -> None:
-        """Hear nothing."""
-
-    def after_step(self, _progress: Progress, _facts: StepFacts) -> None:
-        """Do nothing."""
-
-    def roll_back(self, _progress: Progress, fault: str, _mine: Mine) -> None:
-        """Noise gives no reason to."""
-        raise AssertionError(fault)
 
 
 class Rounds:

@@ -107,6 +107,17 @@ def kiln(dataset: Path, threads: int, shares: list[float]) -> float:
     return float(found["elapsed_s"])
 
 
+def read_square(path: Path, side_px: int) -> torch.Tensor:
+    """Decode, resize and centre-crop a picture with Pillow: (3, side, side) in [-1, 1]."""
+    with Image.open(path) as picture:
+        scale = side_px / min(picture.size)
+        width, height = (max(side_px, round(side * scale)) for side in picture.size)
+        resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - side_px) // 2, (height - side_px) // 2
+    cut = np.array(resized.crop((left, top, left + side_px, top + side_px)))
+    return torch.from_numpy(cut).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
 class Files(torch.utils.data.Dataset[tuple[torch.Tensor, str, str]]):
     """Pictures and captions, read with Pillow."""
 
@@ -121,13 +132,7 @@ class Files(torch.utils.data.Dataset[tuple[torch.Tensor, str, str]]):
     def __getitem__(self, number: int) -> tuple[torch.Tensor, str, str]:
         """Decode a picture, resize it and crop the centre."""
         path = self.paths[number]
-        with Image.open(path) as picture:
-            scale = SIDE_PX / min(picture.size)
-            width, height = (max(SIDE_PX, round(side * scale)) for side in picture.size)
-            resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - SIDE_PX) // 2, (height - SIDE_PX) // 2
-        cut = np.array(resized.crop((left, top, left + SIDE_PX, top + SIDE_PX)))
-        tensor = torch.from_numpy(cut).permute(2, 0, 1).float() / 127.5 - 1.0
+        tensor = read_square(path, SIDE_PX)
         return tensor, path.with_suffix(".txt").read_text(encoding="utf-8"), path.stem
 
 

@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -82,6 +82,20 @@ def measure(cases: Sequence[Case], *, repetitions: int = 5, warmups: int = 1) ->
     return [_row(case, found) for case, found in zip(cases, values, strict=True)]
 
 
+def row_of(values: Sequence[float], *, case: str, system: str, metric: str, unit: str) -> Row:
+    """Make a row of what was measured in some rounds."""
+    return Row(
+        case=case,
+        system=system,
+        metric=metric,
+        unit=unit,
+        median=statistics.median(values),
+        min=min(values),
+        max=max(values),
+        repetitions=len(values),
+    )
+
+
 def seconds(action: Callable[[], object]) -> Callable[[], float]:
     """Turn an action into one that returns how long it took."""
 
@@ -144,17 +158,8 @@ def write_result(
 
 
 def _row(case: Case, values: Sequence[float]) -> Row:
-    return Row(
-        case=case.case,
-        system=case.system,
-        metric=case.metric,
-        unit=case.unit,
-        median=statistics.median(values),
-        min=min(values),
-        max=max(values),
-        repetitions=len(values),
-        versions={package: version(package) for package in case.packages},
-    )
+    row = row_of(values, case=case.case, system=case.system, metric=case.metric, unit=case.unit)
+    return replace(row, versions={package: version(package) for package in case.packages})
 
 
 def _cpu_name() -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Claim, Row, claim_at_least, claim_at_most, write_result
+from benchmarks.harness import Claim, Row, claim_at_least, claim_at_most, row_of, write_result
 from data_prep.scene_score import score
 from data_prep.scenes import caption, held_out_scenes, paint
 from trainer.config import DemoConfig
@@ -131,15 +131,12 @@ def result(
             values = [float(each[place]) for each in found if each[0] == recipe]
             best[recipe, metric] = median(values)
             rows.append(
-                Row(
+                row_of(
+                    values,
                     case=f"{images:,} images, seeds {', '.join(map(str, SEEDS))}",
                     system=recipe,
                     metric=metric,
                     unit=unit,
-                    median=median(values),
-                    min=min(values),
-                    max=max(values),
-                    repetitions=len(values),
                 )
             )
     right = "right shape in the right colour"

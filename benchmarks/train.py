@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from statistics import median
 
 from diffusers import AutoencoderKL
 from rich.progress import track
 
 from benchmarks import data_wait
-from benchmarks.harness import Claim, Row, claim_at_least, claim_at_most, write_result
+from benchmarks.harness import Claim, Row, claim_at_least, claim_at_most, row_of, write_result
 from benchmarks.train_memory import memory
 from benchmarks.train_start import start
 from data_prep import encode
@@ -31,8 +30,6 @@ STEPS = 24
 REPETITIONS = 5
 PICTURES = 256
 SIDE_PX = 128
-DEFAULT_ENV = {"MALLOC_MMAP_MAX_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""What glibc does by itself (mallopt(3))."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,8 @@ class Setup:
     world: int = 1
     words: tuple[str, ...] = ()
     has_pictures: bool = False
-    env: tuple[tuple[str, str], ...] = ()
+    is_tuned: bool = True
+    """With the settings of the allocator that `kiln train` gives its ranks."""
     repetitions: int = REPETITIONS
 
 
@@ -59,7 +57,7 @@ ONE_DEFAULT = Setup(
     ("bare PyTorch loop",),
     1,
     ("engine.zero_stage=0",),
-    env=tuple(DEFAULT_ENV.items()),
+    is_tuned=False,
 )
 TWO = Setup(
     "two ranks, ZeRO 1, latents",
@@ -169,7 +167,7 @@ class Bench:
                 [json.dumps(told)],
                 num_ranks=setup.world,
                 log_dir=Path(scratch),
-                env={"OMP_NUM_THREADS": "1", **(dict(setup.env) or ALLOCATOR_ENV)},
+                env={"OMP_NUM_THREADS": "1", **(ALLOCATOR_ENV if setup.is_tuned else {})},
             )
             found: dict[str, dict[str, float]] = json.loads(out.read_text(encoding="utf-8"))
         return found
@@ -179,15 +177,12 @@ def rows_of(setup: Setup, told: Sequence[dict[str, dict[str, float]]]) -> list[R
     """Turn what runs told into rows: steps, ratios in pairs, shares of a step."""
 
     def row(system: str, metric: str, unit: str, values: list[float]) -> Row:
-        return Row(
+        return row_of(
+            values,
             case=f"{setup.case}, {IMAGES} images",
             system=system,
             metric=metric,
             unit=unit,
-            median=median(values),
-            min=min(values),
-            max=max(values),
-            repetitions=len(values),
         )
 
     rows = [row("kiln", "step", "ms", [1000 * one["step_s"]["kiln"] for one in told])]

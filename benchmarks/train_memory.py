@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarks.harness import Claim, Row, claim_at_most
+from benchmarks.harness import Claim, Row, claim_at_most, row_of
 from trainer.build import build, restore
 from trainer.config import TrainConfig
 from trainer.frozen import compose
@@ -28,26 +28,33 @@ WORLD = 2
 _MIB = 2**20
 
 
-class Peak:
-    """Looks how high memory was in each step."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
+class Silent:
+    """Watches a training and does nothing."""
 
     def span(self, _bucket: str) -> AbstractContextManager[None]:
         """Account for nothing."""
         return nullcontext()
 
     def at(self, _phase: str) -> None:
-        """Look at the memory in use."""
-        self.bytes = max(self.bytes, psutil.Process().memory_full_info().uss)
+        """Hear nothing."""
 
     def after_step(self, _progress: Progress, _facts: StepFacts) -> None:
-        """The first step makes what all others use."""
+        """Do nothing."""
 
     def roll_back(self, _progress: Progress, fault: str, _mine: Mine) -> None:
         """Noise gives no reason to."""
         raise AssertionError(fault)
+
+
+class Peak(Silent):
+    """Looks how high memory was."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def at(self, _phase: str) -> None:
+        """Look at the memory in use."""
+        self.bytes = max(self.bytes, psutil.Process().memory_full_info().uss)
 
 
 def words(dataset: Path, stage: int) -> list[str]:
@@ -107,16 +114,7 @@ def planned_mib(plan: Plan) -> float:
 
 
 def _row(case: str, system: str, metric: str, value: float) -> Row:
-    return Row(
-        case=case,
-        system=system,
-        metric=metric,
-        unit="MiB",
-        median=value,
-        min=value,
-        max=value,
-        repetitions=1,
-    )
+    return row_of([value], case=case, system=system, metric=metric, unit="MiB")
 
 
 def main() -> None:

@@ -5,16 +5,15 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, BertModel
 
+from benchmarks.encode import read_square
 from trainer.build import build_model
 from trainer.config import TrainConfig
 from trainer.data.sources import LatentBatch
@@ -125,15 +124,9 @@ class _Files(Dataset[tuple[Tensor, str]]):
         return len(self._paths)
 
     def __getitem__(self, number: int) -> tuple[Tensor, str]:
-        path, side_px = self._paths[number], self._side_px
-        with Image.open(path) as picture:
-            scale = side_px / min(picture.size)
-            width, height = (max(side_px, round(side * scale)) for side in picture.size)
-            resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - side_px) // 2, (height - side_px) // 2
-        cut = np.array(resized.crop((left, top, left + side_px, top + side_px)))
-        tensor = torch.from_numpy(cut).permute(2, 0, 1).float() / 127.5 - 1.0
-        return tensor, path.with_suffix(".txt").read_text(encoding="utf-8")
+        path = self._paths[number]
+        caption = path.with_suffix(".txt").read_text(encoding="utf-8")
+        return read_square(path, self._side_px), caption
 
 
 def _diffusers_step(cfg: TrainConfig, folder: Path, *, num_workers: int) -> Step:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.harness import Row
+from benchmarks.harness import Row, row_of
 
 PHASES = (
     "launcher: imports, checks, hashes",
@@ -56,15 +55,12 @@ def start(dataset: Path, folder: Path) -> list[Row]:
                 found[phase].append(ended_s - began_s)
             found["all"].append(at_s[-1] - at_s[0])
     return [
-        Row(
+        row_of(
+            values,
             case="the demo's network, 2 ranks, from `kiln train` to the end of the first step",
             system="kiln",
             metric=phase,
             unit="s",
-            median=statistics.median(values),
-            min=min(values),
-            max=max(values),
-            repetitions=REPETITIONS,
         )
         for phase, values in found.items()
     ]

@@ -1,6 +1,7 @@
 """Train a latent diffusion model or its autoencoder; the same command again resumes."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from trainer.plan import Plan, make_plan, rows
 from trainer.runtime.checkpoint import TrainState, newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.ending import read_stuck
-from trainer.runtime.local import run_ranks
+from trainer.runtime.local import ALLOCATOR_ENV, run_ranks
 from trainer.runtime.rundir import (
     attempt_dir,
     checkpoints_of,
@@ -103,6 +104,7 @@ def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:
         num_ranks=plan.num_ranks,
         log_dir=attempt_dir(folder, attempt),
         env={
+            **{name: os.environ.get(name, value) for name, value in ALLOCATOR_ENV.items()},
             "KILN_ATTEMPT": str(attempt),
             "OMP_NUM_THREADS": str(cfg.engine.threads_per_rank),
         },

@@ -15,6 +15,7 @@ from trainer.runtime.comm import Comm
 from trainer.runtime.fragments import FragmentReader
 
 MAX_BUCKET_NUMBERS = 50_000_000
+"""Gradients, or weights to be gathered next, that are held at a time; 200 MB in fp32."""
 LIVE_PART = 16
 """ZeRO 3 has at most about this part of the weights gathered at a time."""
 
@@ -24,9 +25,13 @@ def clips_itself(cfg: EngineConfig) -> bool:
     return cfg.zero_stage == 0 and cfg.precision == "fp32"
 
 
-def adds_in_place(cfg: EngineConfig) -> bool:
-    """Say whether gradients are added up over the ranks where they are."""
-    return cfg.zero_stage == 1 and cfg.offload == "none"
+def adds_in_place(cfg: TrainConfig) -> bool:
+    """Say whether gradients are added up over the ranks where they are.
+
+    On GPUs they are reduced on a stream of its own while backward goes on, from a bucket.
+    """
+    engine = cfg.engine
+    return cfg.cluster.device == "cpu" and engine.zero_stage == 1 and engine.offload == "none"
 
 
 def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
@@ -51,8 +56,7 @@ def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
         live = cfg.num_parameters // LIVE_PART
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
         zero["stage3_prefetch_bucket_size"] = min(live, MAX_BUCKET_NUMBERS)
-    # Else gradients are copied to one place first.
-    zero["contiguous_gradients"] = not adds_in_place(engine)
+    zero["contiguous_gradients"] = not adds_in_place(cfg)
     half = engine.precision != "fp32"
     return {
         "train_batch_size": cfg.batch.global_batch_images,
@@ -130,8 +134,8 @@ class Engine:
         shortcuts.norms_at_once(zero)
         if cfg.cluster.device == "cpu":
             shortcuts.gather_by_broadcast(sys.modules[type(zero).__module__])
-            if adds_in_place(cfg.engine) and cfg.engine.precision == "fp32":
-                shortcuts.reduce_to_owners(zero)
+        if adds_in_place(cfg) and cfg.engine.precision == "fp32":
+            shortcuts.reduce_to_owners(zero)
 
     @property
     def model(self) -> nn.Module:

@@ -61,7 +61,6 @@ def run_ranks(
                 subprocess.Popen(  # noqa: S603 - our own module, no shell
                     [sys.executable, "-m", module, *args],
                     env={
-                        **ALLOCATOR_ENV,
                         **os.environ,
                         **env,
                         "KILN_PARENT": str(os.getpid()),

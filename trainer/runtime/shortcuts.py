@@ -1,4 +1,4 @@
-"""What DeepSpeed does in every step and need not: shortcuts that change no number."""
+"""What DeepSpeed does in every step and need not: shortcuts with the same result."""
 
 from collections.abc import Sequence
 from functools import partial
