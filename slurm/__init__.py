@@ -1,1 +1,1 @@
-"""Slurm jobs: rendered by pure functions, submitted by one; knows neither torch nor the trainer."""
+"""Jobs, attempts and nodes: knows neither torch nor the trainer, only the files of a run."""

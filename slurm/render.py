@@ -1,43 +1,74 @@
-"""From a job to its sbatch script: a pure function, pinned by a golden file."""
+"""From a job to its sbatch script: a pure function, pinned by golden files."""
 
+from collections.abc import Iterator, Sequence
 from shlex import quote
 
 from slurm.spec import JobSpec
 
-EXIT_REQUEUE = 85
-
 
 def sbatch_script(job: JobSpec) -> str:
-    """Return the script; `sbatch` of the same file continues the run."""
-    options = [
-        f"--job-name={job.name}",
-        f"--nodes={job.num_nodes}",
-        f"--ntasks-per-node={job.ranks_per_node}",
-        f"--cpus-per-task={job.threads_per_rank}",
-        *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
-        f"--time={job.time_limit_min}",
-        *([f"--partition={job.partition}"] if job.partition else []),
-        # To the ranks, not to this script; NCCL may catch USR1, so USR2.
-        f"--signal=USR2@{job.warn_before_kill_s}",
-        "--requeue",
-        "--open-mode=append",
-        f"--output={quote(str(job.run))}/attempts/slurm_%j.log",
-    ]
-    header = "\n".join(f"#SBATCH {option}" for option in options)
-    return f"""#!/bin/bash
-{header}
-set -u
-export PYTHONPATH={quote(str(job.code))} OMP_NUM_THREADS={job.threads_per_rank}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-# Attempts of a job that is requeued have numbers; trainer/runtime/env.py counts alike.
-stuck={quote(str(job.run))}/attempts/$(printf %03d "${{SLURM_RESTART_COUNT:-0}}")/stuck.json
-rm -f "$stuck"
-srun --kill-on-bad-exit=1 {quote(str(job.python))} -m trainer.worker {quote(str(job.run))}
-code=$?
-# {EXIT_REQUEUE}: a stop signal came, everything is saved, and the run wants to go on.
-# When a rank is stuck, the others leave the file and exit with it too, but srun's code may be that
-# of the stuck rank, which Slurm had to kill.
-if [ "$code" -eq {EXIT_REQUEUE} ] || [ -e "$stuck" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-exit "$code"
-"""
+    """Return the script: what is asked for, the environment, and the command it becomes."""
+    header = "\n".join(f"#SBATCH {option}" for option in _options(job))
+    lines = "\n".join(_environment(job))
+    command = " ".join(map(quote, job.command))
+    return f"#!/bin/bash\n{header}\nset -eu\n{lines}\nexec {command}\n"
+
+
+def _options(job: JobSpec) -> Iterator[str]:
+    site = job.site
+    yield f"--job-name={quote(job.name)}"
+    yield f"--comment={quote(job.comment)}"
+    yield f"--nodes={job.num_nodes}"
+    yield f"--ntasks-per-node={job.tasks_per_node}"
+    yield f"--cpus-per-task={job.cpus_per_task}"
+    if job.gpus_per_node:
+        kind = f"{site.gpu_kind}:" if site.gpu_kind else ""
+        yield f"--gpus-per-node={kind}{job.gpus_per_node}"
+    if job.exclusive:
+        yield "--exclusive"
+    if job.exclusive or job.memory_gb is not None:
+        yield "--mem=0" if job.memory_gb is None else f"--mem={job.memory_gb}G"
+    yield f"--time={job.time_limit_min}"
+    for option in (
+        "partition",
+        "account",
+        "qos",
+        "reservation",
+        "licenses",
+        "constraint",
+    ):
+        value: str = getattr(site, option)
+        if value:
+            yield f"--{option}={quote(value)}"
+    if site.exclude:
+        yield f"--exclude={','.join(site.exclude)}"
+    if job.array:
+        throttle = f"%{job.at_once}" if job.at_once else ""
+        yield f"--array={ranges(job.array)}{throttle}"
+    prefix = "B:" if job.warns == "batch" else ""
+    yield f"--signal={prefix}{job.stop_signal}@{job.warn_before_kill_s}"
+    # The number stays, so that what waits for the job goes on waiting.
+    yield "--requeue"
+    yield "--open-mode=append"
+    yield f"--output={quote(str(job.log))}"
+
+
+def _environment(job: JobSpec) -> Iterator[str]:
+    for module in job.site.modules:
+        yield f"module load {quote(module)}"
+    for name, value in sorted(job.site.env.items()):
+        yield f"export {name}={quote(value)}"
+    yield f"export PYTHONPATH={quote(str(job.code))} OMP_NUM_THREADS={job.cpus_per_task}"
+    # Since Slurm 22.05 srun does not take it over from sbatch.
+    yield f"export SRUN_CPUS_PER_TASK={job.cpus_per_task}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Write numbers as sbatch's --array takes them: 0-3,7."""
+    spans: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)

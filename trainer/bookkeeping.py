@@ -13,6 +13,7 @@ import psutil
 
 from trainer.build import Built
 from trainer.config import TrainConfig
+from trainer.data.publish import publish_json
 from trainer.datasets import STREAM
 from trainer.errors import BadWorld
 from trainer.frozen import thaw
@@ -28,8 +29,8 @@ from trainer.runtime.checkpoint import TrainState
 from trainer.runtime.comm import Comm
 from trainer.runtime.pulse import Pulse
 from trainer.runtime.rollback import Rollback
-from trainer.runtime.rundir import checkpoints_of
-from trainer.runtime.saver import Saver
+from trainer.runtime.rundir import SAVED, checkpoints_of, is_superseded
+from trainer.runtime.saver import Saver, Superseded
 from trainer.runtime.snapshot import Snapshot
 from trainer.runtime.stragglers import Stragglers
 
@@ -187,7 +188,7 @@ class Bookkeeper:
             if comm.rank == 0
             else None
         )
-        self._saved_step = -1
+        self._saved_step = self._recorded_step = -1
 
     @contextmanager
     def span(self, bucket: str) -> Iterator[None]:
@@ -248,9 +249,12 @@ class Bookkeeper:
         if progress.step % self._cfg.logging.every_steps == 0 or progress.step == 1 or last:
             slowest = self._stragglers.compare()
             if self._accounts:
+                if is_superseded(self._run, self._attempt):
+                    raise Superseded(f"another attempt of {self._run} has begun; this one ends.")
                 self._accounts.log_step(progress, facts, slowest)
         with self._accounted("checkpoint_stall"):  # no wait for a disk, so nothing to be patient of
             self._saver.poll()
+        self._record_saved()
         if progress.step % self._plan.checkpoint_every_steps == 0:
             self.save(progress)
 
@@ -290,6 +294,7 @@ class Bookkeeper:
         self.save(progress)
         with self.span("checkpoint_stall"):
             saved = self._saver.finish()
+        self._record_saved()
         if not saved:
             raise BadWorld(
                 f"the last checkpoint of {self._run} could not be saved; the log says why. Older "
@@ -308,6 +313,15 @@ class Bookkeeper:
             stream=self._built.feed.to_json(progress.stream),
             losses=self._built.guard.recent,
         )
+
+    def _record_saved(self) -> None:
+        """Say where the newest checkpoint stands to those who cannot list its place."""
+        state = self._saver.published
+        if self._comm.rank or state is None or state.step == self._recorded_step:
+            return
+        content = {"step": state.step, "images_seen": state.images_seen}
+        publish_json(self._run / SAVED, {**content, "unix_s": time.time()})
+        self._recorded_step = state.step
 
     def _record_stream(self, progress: Progress) -> None:
         """Write down which samples all later steps take: what `kiln order` reads."""

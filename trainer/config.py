@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from trainer.config_cluster import ClusterConfig
 from trainer.config_data import DataConfig
 from trainer.config_diffusion import DenoisingConfig
 from trainer.config_engine import (
@@ -177,28 +178,6 @@ class BatchConfig:
 
 
 @config
-class ClusterConfig:
-    """Where the ranks run."""
-
-    kind: Literal["local", "slurm"]
-    """local: processes on this machine; slurm: `kiln launch` renders an sbatch script."""
-    num_nodes: PositiveInt
-    """Machines."""
-    ranks_per_node: PositiveInt
-    """Processes per machine; one per GPU, or per share of the cores."""
-    device: Literal["cpu", "cuda"]
-    """cpu uses gloo, cuda uses NCCL."""
-    device_memory_gib: PositiveFloat
-    """Memory of one rank's device; plans are refused when a run cannot fit."""
-    partition: str
-    """Slurm partition; empty for the site's default."""
-    time_limit_min: PositiveInt
-    """Walltime of one Slurm job, in minutes."""
-    warn_before_kill_s: PositiveInt
-    """Slurm's warning signal comes this long before the end."""
-
-
-@config
 class LoggingConfig:
     """What is told while training."""
 
@@ -345,10 +324,12 @@ class TrainConfig:
 
 @config
 class LaunchConfig(TrainConfig):
-    """`kiln launch`: a run, and whether to submit it."""
+    """`kiln launch`: a run, and what its job is called."""
 
-    submit: bool
-    """Give the script to sbatch; else it is only written and printed."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    """Of the run and of its job."""
+    dry_run: bool
+    """Print what would be submitted, and touch nothing."""
 
 
 @config

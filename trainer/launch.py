@@ -1,89 +1,254 @@
-"""Freeze a run for Slurm: config, plan, code and sbatch script; submit it when told to."""
+"""Submit a training run to Slurm, frozen; the same command again continues it."""
 
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import distributions
 from pathlib import Path
 
+from slurm import client
 from slurm.render import sbatch_script
-from slurm.spec import JobSpec
-from slurm.submit import submit
+from slurm.runfile import JOBS, SCRIPT, append_row, read_json, write_spec
+from slurm.site import advice
+from slurm.spec import Checks, JobSpec, RunSpec, Site
 from trainer.command import run_command
 from trainer.config import LaunchConfig, TrainConfig
+from trainer.config_cluster import ContainerConfig, SlurmConfig
+from trainer.datasets import dataset_places, find_datasets
 from trainer.errors import BadInput, BadWorld
 from trainer.frozen import freeze, thaw
-from trainer.plan import make_plan
-from trainer.runtime.rundir import freeze_config, locked
+from trainer.place import storage
+from trainer.plan import checkpoint_gib, make_plan
+from trainer.runtime.local import ALLOCATOR_ENV
+from trainer.runtime.rundir import SAVED, freeze_config, locked
 
 log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).parents[1]
 _PACKAGES = ("trainer", "data_prep", "slurm", "conf")
+_RANK_ENV = {
+    **ALLOCATOR_ENV,
+    "DEEPSPEED_TIMEOUT": "30",
+    "NCCL_DEBUG": "WARN",
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+_MB_PER_GIB = 2**30 / 1e6
 
 
 def run(cfg: LaunchConfig) -> int:
-    """Write the run directory and print the script; with submit=true, submit it."""
-    if cfg.cluster.kind != "slurm":
-        raise BadInput(
-            f"cluster.kind={cfg.cluster.kind}: `kiln launch` is for Slurm. Give a cluster= of "
-            "kind slurm, such as cluster=a100_80gb, or use `kiln train` on this machine."
-        )
-    make_plan(cfg)
-    folder = Path(cfg.run).resolve()
+    """Freeze the run and submit it, unless it is in the queue or done; or print what would be."""
     fields = thaw(cfg)
-    del fields["submit"]
-    with locked(folder):
-        freeze_config(folder, freeze(TrainConfig, fields))
-        (folder / "attempts").mkdir(exist_ok=True)
-        snapshot(folder / "code")
-        try:
-            text = sbatch_script(job_spec(cfg, folder))
-        except ValueError as error:
-            raise BadInput(f"cluster: {error}") from error
-        script = folder / "submit.sbatch"
-        script.write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
-    if not cfg.submit:
-        log.info("frozen in %s; submit it with submit=true or: sbatch %s", folder, script)
+    del fields["name"], fields["dry_run"]
+    train = freeze(TrainConfig, fields | {"run": str(Path(cfg.run).resolve())})
+    job, spec = jobs_of(train, cfg.name)
+    if cfg.dry_run:
+        sys.stdout.write(f"# sbatch {train.run}/{SCRIPT}\n{sbatch_script(job)}")
         return 0
-    try:
-        log.info("submitted as job %d", submit(script))
-    except RuntimeError as error:
-        raise BadWorld(str(error)) from error
+    for where in dataset_places(train.data):
+        with storage(where):
+            find_datasets(train)
+    folder = Path(train.run)
+    with locked(folder, ".launch.lock", doing="launched"):
+        if is_done(folder, train) or is_queued(folder):
+            return 0
+        freeze_run(folder, train, job, spec)
+        job_id = submit(folder / SCRIPT)
+        append_row(folder / JOBS, {"job_id": job_id, "unix_s": time.time()})
+    log.info("%s: submitted as job %s. What becomes of it: kiln status", folder, job_id)
     return 0
 
 
-def job_spec(cfg: LaunchConfig, folder: Path) -> JobSpec:
-    """Translate a run's cluster section."""
-    cluster = cfg.cluster
-    return JobSpec(
-        name=folder.name,
-        num_nodes=cluster.num_nodes,
+def is_queued(folder: Path) -> bool:
+    """Say which job works for a folder, if one does."""
+    with slurm_errors():
+        there = [job for job in client.queue() if job.folder == folder]
+    for job in there:
+        log.info("%s: job %s is %s already", folder, job.shown_id, job.state.lower())
+    return bool(there)
+
+
+def is_done(folder: Path, cfg: TrainConfig) -> bool:
+    """Say so if a run has seen all its images."""
+    saved = read_json(folder / SAVED)
+    if saved is None or saved["images_seen"] < cfg.total_images:
+        return False
+    log.info("%s: nothing to do, all %d steps are done", folder, saved["step"])
+    return True
+
+
+def freeze_run(folder: Path, cfg: TrainConfig, job: JobSpec, spec: RunSpec) -> None:
+    """Write everything that the job will read; edits of the repository do not reach it."""
+    freeze_config(folder, cfg)
+    (folder / "attempts").mkdir(exist_ok=True)
+    snapshot(folder)
+    write_spec(folder, spec)
+    (folder / SCRIPT).write_text(sbatch_script(job), encoding="utf-8")
+
+
+def submit(script: Path, options: Sequence[str] = ()) -> str:
+    """Give a script to sbatch; return the job's number.
+
+    Raises:
+        BadWorld: There is no Slurm here, or it refused; what the site has is told besides.
+    """
+    try:
+        return client.submit(script, options)
+    except client.SlurmError as error:
+        raise BadWorld(f"{error}{advice()}") from error
+
+
+@contextmanager
+def slurm_errors() -> Iterator[None]:
+    """Turn what Slurm says no to into an error for the user."""
+    try:
+        yield
+    except client.SlurmError as error:
+        raise BadWorld(str(error)) from error
+
+
+def jobs_of(cfg: TrainConfig, name: str) -> tuple[JobSpec, RunSpec]:
+    """Translate a run into its job, and into what the job's batch script needs.
+
+    Raises:
+        BadInput: It cannot be a Slurm job, with what to change.
+    """
+    cluster, slurm, folder = cfg.cluster, cfg.cluster.slurm, Path(cfg.run)
+    if cluster.kind != "slurm" or slurm is None:
+        raise BadInput(
+            f"cluster.kind={cluster.kind}: `kiln launch` is for Slurm. Give a cluster= of kind "
+            "slurm, such as cluster=example, or use `kiln train` on this machine."
+        )
+    make_plan(cfg)
+    _check_time_to_save(cfg, slurm)
+    gpus = cluster.ranks_per_node if cluster.device == "cuda" else 0
+    try:
+        job = JobSpec(
+            name=name,
+            comment=f"{client.COMMENT}{folder}",
+            log=folder / "attempts" / "slurm_%j.log",
+            num_nodes=cluster.num_nodes,
+            tasks_per_node=cluster.ranks_per_node,
+            cpus_per_task=cfg.engine.threads_per_rank,
+            gpus_per_node=gpus,
+            memory_gb=slurm.memory_gb,
+            exclusive=slurm.exclusive,
+            time_limit_min=cluster.time_limit_min,
+            warn_before_kill_s=cluster.warn_before_kill_s,
+            stop_signal=slurm.stop_signal,
+            warns="tasks",
+            site=site_of(slurm),
+            code=folder / "code",
+            command=(sys.executable, "-m", "slurm.batch", str(folder)),
+        )
+    except ValueError as error:
+        raise BadInput(f"cluster: {error}") from error
+    options, prefix, python = _inside(slurm.container, folder)
+    spec = RunSpec(
         ranks_per_node=cluster.ranks_per_node,
-        gpus_per_node=cluster.ranks_per_node if cluster.device == "cuda" else 0,
-        threads_per_rank=cfg.engine.threads_per_rank,
-        time_limit_min=cluster.time_limit_min,
+        node_counts=node_counts(cfg, slurm),
+        worker=(*prefix, python, "-m", "trainer.worker", str(folder)),
+        meet=(*prefix, python, "-m", "trainer.runtime.meet", cluster.device),
+        srun=options,
+        env=_RANK_ENV,
+        max_restarts=slurm.max_restarts,
+        no_progress_attempts=slurm.no_progress_attempts,
         warn_before_kill_s=cluster.warn_before_kill_s,
-        partition=cluster.partition,
-        python=Path(sys.executable),
-        code=folder / "code",
-        run=folder,
+        stop_signal=slurm.stop_signal,
+        shrink_after_s=60 * slurm.shrink_after_min,
+        checks=_checks(slurm, gpus),
+    )
+    return job, spec
+
+
+def site_of(slurm: SlurmConfig) -> Site:
+    """Translate what a site is asked for."""
+    return Site(
+        partition=slurm.partition,
+        account=slurm.account,
+        qos=slurm.qos,
+        reservation=slurm.reservation,
+        licenses=slurm.licenses,
+        constraint=slurm.constraint,
+        exclude=slurm.exclude,
+        gpu_kind=slurm.gpu_kind,
+        modules=slurm.modules,
+        env=slurm.env,
     )
 
 
-def snapshot(code: Path) -> None:
-    """Copy Kiln's packages, so that later edits change no queued job."""
+def node_counts(cfg: TrainConfig, slurm: SlurmConfig) -> tuple[int, ...]:
+    """List with how many nodes a run can go on at the same global batch, the most first."""
+    least = slurm.min_nodes or cfg.cluster.num_nodes
+    found = []
+    for num_nodes in range(cfg.cluster.num_nodes, least - 1, -1):
+        try:
+            make_plan(replace(cfg, cluster=replace(cfg.cluster, num_nodes=num_nodes)))
+        except BadInput:
+            continue
+        found.append(num_nodes)
+    return tuple(found)
+
+
+def _check_time_to_save(cfg: TrainConfig, slurm: SlurmConfig) -> None:
+    """Refuse a warning that comes too late for a checkpoint."""
+    num_mb = checkpoint_gib(cfg) * _MB_PER_GIB / cfg.cluster.num_nodes
+    need_s = round(2 * num_mb / slurm.write_mb_per_s) + 1
+    if cfg.cluster.warn_before_kill_s < need_s:
+        raise BadInput(
+            f"cluster.warn_before_kill_s={cfg.cluster.warn_before_kill_s} is too short for a "
+            f"checkpoint: {num_mb:,.0f} MB from each node at cluster.slurm.write_mb_per_s="
+            f"{slurm.write_mb_per_s:g}, and as long again for the steps before. "
+            f"Try cluster.warn_before_kill_s={need_s}."
+        )
+
+
+def _inside(
+    container: ContainerConfig | None, folder: Path
+) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """Return srun's options, the words before a rank's command, and its interpreter."""
+    if container is None:
+        return (), (), sys.executable
+    mounts = ",".join((f"{folder}:{folder}", *container.mounts))
+    if container.kind == "pyxis":
+        options = (f"--container-image={container.image}", f"--container-mounts={mounts}")
+        return options, (), container.python
+    return (), ("apptainer", "exec", "--nv", "--bind", mounts, container.image), container.python
+
+
+def _checks(slurm: SlurmConfig, gpus: int) -> Checks | None:
+    told = slurm.preflight
+    if told is None:
+        return None
+    return Checks(
+        folders=tuple(map(str, told.folders)),
+        min_free_gb=told.min_free_gb,
+        max_clock_skew_s=told.max_clock_skew_s,
+        timeout_s=told.timeout_s,
+        gpus=gpus,
+    )
+
+
+def snapshot(folder: Path) -> None:
+    """Copy Kiln's packages into a folder, and list the versions of all others."""
+    code = folder / "code"
     if code.exists():
         return
-    partial = code.with_name(".code.partial")
+    partial = folder / ".code.partial"
     shutil.rmtree(partial, ignore_errors=True)
     for name in _PACKAGES:
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(_ROOT / name, partial / name, ignore=ignore)
+    versions = sorted({f"{each.name}=={each.version}" for each in distributions()})
+    lines = [f"# Python {sys.version.split()[0]} at {sys.executable}", *versions]
+    (folder / "environment.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     partial.rename(code)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`kiln launch [experiment=...] [submit=true] [key=value ...]`."""
-    return run_command(run, LaunchConfig, "launch", argv)
+    """`kiln launch NAME [experiment=...] [cluster=...] [dry_run=true] [key=value ...]`."""
+    return run_command(run, LaunchConfig, "launch", argv, positional="name")

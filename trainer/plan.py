@@ -122,7 +122,7 @@ def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "steps", f"{plan.total_steps:,} for {cfg.total_images:,} images"
     yield (
         "checkpoint",
-        f"every {plan.checkpoint_every_steps:,} steps, {_checkpoint_gib(cfg):,.2f} GiB",
+        f"every {plan.checkpoint_every_steps:,} steps, {checkpoint_gib(cfg):,.2f} GiB",
     )
     yield (
         "memory per rank",
@@ -132,7 +132,8 @@ def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
     )
 
 
-def _checkpoint_gib(cfg: TrainConfig) -> float:
+def checkpoint_gib(cfg: TrainConfig) -> float:
+    """Estimate the size of a checkpoint: weights, two moments and an average, in fp32."""
     return num_trained(cfg) * 16 / _GIB
 
 

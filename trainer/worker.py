@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,11 +43,18 @@ def plan_from(cfg: TrainConfig, run: Path) -> Plan:
     return make_plan(cfg, step=state.step, images_seen=state.images_seen)
 
 
+def on_world(cfg: TrainConfig, world: int) -> TrainConfig:
+    """Return the config for so many ranks: `kiln supervise` may have taken fewer nodes."""
+    num_nodes = max(1, world // cfg.cluster.ranks_per_node)
+    return replace(cfg, cluster=replace(cfg.cluster, num_nodes=num_nodes))
+
+
 def work(run: Path) -> int:
     """Train the run as one of its ranks; return 0 when it is done, 85 when it should continue."""
     stop, pulse = StopFlag(), Pulse()
-    cfg = read_yaml(TrainConfig, run / "config.yaml")
-    env, plan = read_rank_env(), plan_from(cfg, run)
+    env = read_rank_env()
+    cfg = on_world(read_yaml(TrainConfig, run / "config.yaml"), env.world)
+    plan = plan_from(cfg, run)
     with Watchdog(attempt_dir(run, env.attempt), env, cfg.watchdog, pulse):
         comm = Comm(env, cfg.cluster.device)
         with (
@@ -97,7 +105,7 @@ def _leave(run: Path, error: str, code: int, *, echo: bool) -> int:
     with suppress(BadWorld):  # started by hand: there are no others
         env = read_rank_env()
         folder = attempt_dir(run, env.attempt)
-        write_failure(folder, env.rank, error, is_echo=echo)
+        write_failure(folder, env.rank, error, is_echo=echo, code=code)
         first = cause(read_failures(folder).values())
         if echo and read_stuck(folder) is not None:
             return EXIT_REQUEUE

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ class Failure:
     """The last line of its traceback, or a message for the user."""
     is_echo: bool
     """It came from another rank's end: a collective lost its peer."""
+    code: int = 1
+    """What the rank ended with."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.node} failed first: {self.error}"
@@ -37,9 +39,9 @@ def clear(folder: Path, rank: int) -> None:
         (folder / STUCK).unlink(missing_ok=True)
 
 
-def write_failure(folder: Path, rank: int, error: str, *, is_echo: bool) -> None:
+def write_failure(folder: Path, rank: int, error: str, *, is_echo: bool, code: int = 1) -> None:
     """Leave this rank's error to the others; a full disk does not add an error of its own."""
-    failure = Failure(rank, socket.gethostname(), time.time(), error, is_echo)
+    failure = Failure(rank, node_name(), time.time(), error, is_echo, code)
     _write(_failed(folder, rank), asdict(failure))
 
 
@@ -58,9 +60,9 @@ def cause(failures: Iterable[Failure]) -> Failure | None:
     return min(failures, key=lambda each: (each.is_echo, each.unix_s), default=None)
 
 
-def write_stuck(folder: Path, message: str) -> None:
+def write_stuck(folder: Path, message: str, ranks: Sequence[int] = ()) -> None:
     """Say that the attempt is ended because training is stuck; whoever says it last, counts."""
-    _write(folder / STUCK, {"message": message, "unix_s": time.time()})
+    _write(folder / STUCK, {"message": message, "ranks": list(ranks), "unix_s": time.time()})
 
 
 def read_stuck(folder: Path) -> str | None:
@@ -68,6 +70,18 @@ def read_stuck(folder: Path) -> str | None:
     with suppress(OSError, ValueError):
         return str(json.loads((folder / STUCK).read_bytes())["message"])
     return None
+
+
+def stuck_ranks(folder: Path) -> list[int]:
+    """Read which ranks held up the others; empty when none did, or none was stuck."""
+    with suppress(OSError, ValueError):
+        return list(json.loads((folder / STUCK).read_bytes())["ranks"])
+    return []
+
+
+def node_name() -> str:
+    """Name this machine as Slurm does, where it runs this process."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _failed(folder: Path, rank: int) -> Path:

@@ -11,6 +11,8 @@ from trainer.errors import BadInput
 from trainer.frozen import differences, read_yaml, thaw, write_yaml
 
 RECORD = "checkpoint.json"
+SAVED = "saved.json"
+"""In the run's folder: step and images of the newest checkpoint; slurm/runfile.py reads it."""
 
 # What may differ between attempts: where and how fast is computed, and from here on which samples
 # make a step, but never the order of a dataset's samples.
@@ -120,11 +122,16 @@ def complete(root: Path) -> list[Path]:
 
 
 def new_attempt(run: Path) -> int:
-    """Make the folder of the next attempt and return its number."""
+    """Make the folder of the next attempt and return its number; slurm/attempts.py does alike."""
     attempts = run / "attempts"
     number = sum(1 for _ in attempts.glob("[0-9]*")) if attempts.exists() else 0
     (attempts / f"{number:03d}").mkdir(parents=True)
     return number
+
+
+def is_superseded(run: Path, attempt: int) -> bool:
+    """Whether another attempt has begun; this one is then what a dead node left behind."""
+    return attempt_dir(run, attempt + 1).exists()
 
 
 def attempt_dir(run: Path, attempt: int) -> Path:

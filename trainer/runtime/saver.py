@@ -72,7 +72,10 @@ class Saver:
             best: Images seen at the best checkpoint so far.
         """
         self._root, self._snapshot, self._comm, self._policy = root, snapshot, comm, policy
-        self._attempt, self._shapes, self._averages, self._best = attempt, shapes, averages, best
+        self._attempt, self._shapes, self._averages = attempt, shapes, averages
+        self._best = best
+        self.published: TrainState | None = None
+        """Of the newest checkpoint of this attempt that is there as a whole."""
         token = secrets.randbits(32) if comm.rank == 0 else 0
         self._token = f"{int(comm.from_rank_0(token)):08x}"
         if comm.rank == 0:
@@ -132,7 +135,7 @@ class Saver:
             self._discard(state)
             return False
         if self._stage == "publishing":
-            self._stage = "idle"
+            self._stage, self.published = "idle", state
             return True
         packed = b"".join(
             _FACTS.pack(f.bytes, bytes.fromhex(f.sha256)) for f in self._work.result()

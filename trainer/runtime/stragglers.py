@@ -1,7 +1,6 @@
 """Which ranks are slow by themselves: the time that each does not spend on waiting for others."""
 
 import logging
-import socket
 import statistics
 import struct
 import time
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.runtime.comm import Comm
+from trainer.runtime.ending import node_name
 from trainer.runtime.pulse import Pulse
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Stragglers:
         if since is None:
             return None
         steps = self._since[1] - since[1]
-        mine = Share(own_s / steps, (self._since[0] - since[0]) / steps, socket.gethostname())
+        mine = Share(own_s / steps, (self._since[0] - since[0]) / steps, node_name())
         shares = [Share.unpack(told) for told in self._comm.gather_bytes(mine.pack())]
         ratios = rank_ratios(shares, is_forward_own=self._is_forward_own)
         slow = [

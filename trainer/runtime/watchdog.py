@@ -6,21 +6,22 @@ Nothing goes through a collective, nor through rank 0, which may be the one that
 
 import faulthandler
 import os
-import socket
 import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from trainer.config_engine import WatchdogConfig
 from trainer.runtime.beats import Beat, beat_path, read_beat, write_beat
-from trainer.runtime.ending import clear, write_stuck
+from trainer.runtime.ending import clear, node_name, write_stuck
 from trainer.runtime.env import RankEnv
 from trainer.runtime.exit_timer import ExitTimer
 from trainer.runtime.pulse import PATIENT, Pulse
-from trainer.runtime.signals import EXIT_REQUEUE
+from trainer.runtime.rundir import is_superseded
+from trainer.runtime.signals import EXIT_FINAL, EXIT_REQUEUE
 from trainer.runtime.verdict import Verdict, judge
 from trainer.runtime.waiting import waits_in
 
@@ -43,7 +44,7 @@ class Watchdog:
         self._folder, self._env, self._cfg, self._pulse = folder, env, cfg, pulse
         self._period_s = min(max(cfg.timeout_s / 20, 0.1), 10.0)
         self._path = beat_path(folder, env.rank)
-        self._node = socket.gethostname()
+        self._node = node_name()
         self._count = 0
         self._seen: dict[int, tuple[Beat | None, float]] = {}
         self._late_since_s: float | None = None
@@ -73,6 +74,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closing.wait(self._period_s):
+            if is_superseded(self._folder.parents[1], self._env.attempt):
+                self._leave("another attempt of the run has begun", EXIT_FINAL)
             beat = self._beat()
             self._arm(beat)
             if not beat.is_late:
@@ -121,8 +124,11 @@ class Watchdog:
 
     def _end(self, verdict: Verdict) -> None:
         """Say it and go; not through `logging`, whose lock a stuck thread may hold."""
-        write_stuck(self._folder, verdict.message)
+        write_stuck(self._folder, verdict.message, verdict.ranks)
         faulthandler.dump_traceback(file=sys.stderr)
-        os.write(sys.stderr.fileno(), f"rank {self._env.rank}: {verdict.message}\n".encode())
         time.sleep(2 * self._period_s)  # others may be a beat behind, and have stacks to show
-        os._exit(EXIT_REQUEUE)
+        self._leave(verdict.message, EXIT_REQUEUE)
+
+    def _leave(self, why: str, code: int) -> NoReturn:
+        os.write(sys.stderr.fileno(), f"rank {self._env.rank}: {why}\n".encode())
+        os._exit(code)

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from slurm.submit import submit
 
 from slurm.render import sbatch_script
 from slurm.spec import JobSpec
-from slurm.submit import submit
 from trainer.cli import main
 
 GOLDEN = Path(__file__).parents[2] / "golden"

@@ -1,0 +1,78 @@
+"""What ended an attempt, from what everybody says of it: a pure function."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from slurm.attempts import Cause
+from slurm.step import Died, Ended
+
+EXIT_REFUSED, EXIT_REQUEUE, EXIT_FINAL = 2, 85, 93
+_CERTAIN, _LIKELY = 1.0, 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Testimony:
+    """What is known when the ranks are gone."""
+
+    ended: Ended
+    """srun's word."""
+    error: str | None
+    """Of the rank that failed first, with its node."""
+    error_code: int
+    """What that rank meant to end with; 0 when none failed by itself."""
+    stuck: str | None
+    """The watchdog's."""
+    stuck_nodes: Sequence[str]
+    """Nodes of the ranks that held up the others."""
+    job: Mapping[str, str]
+    """Slurm's word; empty when it does not answer."""
+    is_asked_to_stop: bool
+    """By `kiln stop`."""
+    is_near_walltime: bool
+    """So near that Slurm has warned."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What ended an attempt."""
+
+    cause: Cause
+    why: str
+    suspects: Mapping[str, float]
+    """Nodes that may be to blame, and how surely, from 0 to 1."""
+
+
+def judge(told: Testimony) -> Judgement:
+    """Name the cause."""
+    # srun has the highest code of all ranks, and kills those that do not end by themselves.
+    code = told.error_code or told.ended.code
+    if code == 0:
+        return Judgement("finished", "all images are seen", {})
+    if told.job.get("JobState") == "CANCELLED":
+        return Judgement("cancelled", "scancel", {})
+    if told.stuck is not None:
+        return Judgement("stuck", told.stuck, dict.fromkeys(told.stuck_nodes, _CERTAIN))
+    if told.ended.code == EXIT_REQUEUE:
+        return _stopped(told)
+    if code == EXIT_FINAL:
+        return Judgement("superseded", told.error or "another attempt has begun", {})
+    if code == EXIT_REFUSED:
+        return Judgement("refused", told.error or "the configuration was refused", {})
+    died = told.ended.died[0] if told.ended.died else None
+    if died is not None and _is_sudden(died):
+        return Judgement("crashed", f"{died}", {died.node: _LIKELY})
+    return Judgement("crashed", told.error or (str(died) if died else f"code {code}"), {})
+
+
+def _stopped(told: Testimony) -> Judgement:
+    if told.is_asked_to_stop:
+        return Judgement("stopped", "`kiln stop` asked for it; saved", {})
+    if told.is_near_walltime:
+        return Judgement("walltime", "the walltime was about to end; saved", {})
+    return Judgement("preempted", "Slurm wanted the nodes back; saved", {})
+
+
+def _is_sudden(died: Died) -> bool:
+    """Whether the tasks died of a signal, and could not say anything."""
+    return re.match(r"Exited|Terminated", died.how) is None

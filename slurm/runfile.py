@@ -1,0 +1,71 @@
+"""The small files of a run's folder by which commands and batch scripts know of each other."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from slurm.spec import Checks, RunSpec
+
+SCRIPT = "submit.sbatch"
+"""What sbatch got."""
+JOBS = "jobs.jsonl"
+"""Which jobs were submitted for it, and when."""
+SPEC = "job.json"
+"""What the batch script needs to know."""
+STOP = "stop.json"
+"""`kiln stop` asks the attempt that is going on to be the last one."""
+SAVED = "saved.json"
+"""Step and images of the newest checkpoint; the run itself writes it."""
+
+
+def write_json(path: Path, content: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
+    """Write a small file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """Read such a file; None when it is not there."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a file of JSON lines that has one writer at a time."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of such a file; a missing file has none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_spec(run: Path, spec: RunSpec) -> None:
+    """Write what the batch script needs."""
+    write_json(run / SPEC, asdict(spec))
+
+
+def read_spec(run: Path) -> RunSpec | None:
+    """Read it back; None when the folder was never launched."""
+    found = read_json(run / SPEC)
+    if found is None:
+        return None
+    checks = found.pop("checks")
+    return RunSpec(**_tuples(found), checks=Checks(**_tuples(checks)) if checks else None)
+
+
+def saved_step(run: Path) -> int:
+    """Return the step of the newest checkpoint; 0 for none."""
+    saved = read_json(run / SAVED)
+    return int(saved["step"]) if saved else 0
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}

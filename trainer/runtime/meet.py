@@ -1,0 +1,31 @@
+"""A small all-reduce with one rank per node: do the nodes find each other, and add right?"""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from trainer.runtime.env import read_rank_env
+
+_NUMBERS = 1 << 20
+
+
+def main(argv: Sequence[str]) -> None:
+    """`python -m trainer.runtime.meet cpu|cuda`, once per node."""
+    device = argv[0]
+    env = read_rank_env()
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo", rank=env.rank, world_size=env.world
+    )
+    numbers = torch.full((_NUMBERS,), float(env.rank + 1), device=device)
+    dist.all_reduce(numbers)
+    expected = env.world * (env.world + 1) / 2
+    wrong = int((numbers != expected).sum())
+    dist.destroy_process_group()
+    if wrong:
+        sys.exit(f"{wrong} of {_NUMBERS} sums are not {expected}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
