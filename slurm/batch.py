@@ -25,7 +25,8 @@ from slurm.attempts import (
     gives_up,
     read_attempts,
 )
-from slurm.judgement import EXIT_FINAL, EXIT_REFUSED, EXIT_REQUEUE, Judgement, Testimony, judge
+from slurm.judgement import EXIT_FINAL, EXIT_REFUSED, EXIT_REQUEUE, Evidence, Judgement, judge
+from slurm.lost import close_lost
 from slurm.preflight import asking, judge_answers, read_answers
 from slurm.rendezvous import rendezvous
 from slurm.runfile import STOP, read_json, read_spec, saved_step
@@ -59,7 +60,9 @@ class Batch:
             else self._job_id
         )
         self._nodes = client.hostnames(env["SLURM_JOB_NODELIST"])
-        self._before = read_attempts(run)
+        self._restarts = env.get("SLURM_RESTART_COUNT", "0")
+        close_lost(self._own_attempts())
+        self._before = self._own_attempts()
         self._attempt = begin_attempt(run, self._job_id, self._nodes)
         meet = rendezvous(self._nodes[0], int(self._job_id), self._attempt.number)
         self._address = meet["MASTER_ADDR"]
@@ -124,7 +127,7 @@ class Batch:
             job = client.show_job(self._job_id)
         first = cause(read_failures(folder).values())
         return judge(
-            Testimony(
+            Evidence(
                 ended=ended,
                 error=str(first) if first else None,
                 error_code=first.code if first and not first.is_echo else 0,
@@ -155,6 +158,8 @@ class Batch:
             f"--ntasks={num_nodes * tasks_per_node}",
             f"--ntasks-per-node={tasks_per_node}",
             "--distribution=block",
+            # Threads of a rank that read and write may take any core of the job's.
+            "--cpu-bind=none",
             "--kill-on-bad-exit=1",
             "--wait=60",
             "--unbuffered",
@@ -168,6 +173,9 @@ class Batch:
 
     def _end(self, found: Judgement) -> int:
         """Write down what ended the attempt, and ask for another one if that makes sense."""
+        if self._is_left_behind():
+            self._say("Slurm has given up on this node, and the job goes on without it")
+            return EXIT_FINAL
         ended = self._ended(found)
         if found.cause not in FINAL:
             reason = self._gives_up([*self._before, ended])
@@ -190,13 +198,24 @@ class Batch:
         )
         return replace(self._attempt, end=end)
 
+    def _own_attempts(self) -> list[Attempt]:
+        return [each for each in read_attempts(self._run) if each.begin.job_id == self._job_id]
+
     def _gives_up(self, attempts: Sequence[Attempt]) -> str | None:
         return gives_up(
-            [each for each in attempts if each.begin.job_id == self._job_id],
+            attempts,
             saved_step(self._run),
             max_restarts=self._spec.max_restarts,
             no_progress=self._spec.no_progress_attempts,
         )
+
+    def _is_left_behind(self) -> bool:
+        """Whether the job was restarted meanwhile: then its files are another attempt's."""
+        try:
+            job = client.show_job(self._job_id)
+        except client.SlurmError:
+            return False
+        return job.get("Restarts", self._restarts) != self._restarts
 
     def _is_asked_to_stop(self) -> bool:
         asked = read_json(self._run / STOP)

@@ -9,10 +9,11 @@ from slurm.step import Died, Ended
 
 EXIT_REFUSED, EXIT_REQUEUE, EXIT_FINAL = 2, 85, 93
 _CERTAIN, _LIKELY = 1.0, 0.5
+_MEANT: Mapping[int, Cause] = {EXIT_REFUSED: "refused", EXIT_FINAL: "superseded"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Testimony:
+class Evidence:
     """What is known when the ranks are gone."""
 
     ended: Ended
@@ -43,7 +44,7 @@ class Judgement:
     """Nodes that may be to blame, and how surely, from 0 to 1."""
 
 
-def judge(told: Testimony) -> Judgement:
+def judge(told: Evidence) -> Judgement:
     """Name the cause."""
     # srun has the highest code of all ranks, and kills those that do not end by themselves.
     code = told.error_code or told.ended.code
@@ -55,22 +56,24 @@ def judge(told: Testimony) -> Judgement:
         return Judgement("stuck", told.stuck, dict.fromkeys(told.stuck_nodes, _CERTAIN))
     if told.ended.code == EXIT_REQUEUE:
         return _stopped(told)
-    if code == EXIT_FINAL:
-        return Judgement("superseded", told.error or "another attempt has begun", {})
-    if code == EXIT_REFUSED:
-        return Judgement("refused", told.error or "the configuration was refused", {})
-    died = told.ended.died[0] if told.ended.died else None
-    if died is not None and _is_sudden(died):
-        return Judgement("crashed", f"{died}", {died.node: _LIKELY})
-    return Judgement("crashed", told.error or (str(died) if died else f"code {code}"), {})
+    if code in _MEANT:
+        return Judgement(_MEANT[code], told.error or f"code {code}", {})
+    return _crashed(told)
 
 
-def _stopped(told: Testimony) -> Judgement:
+def _stopped(told: Evidence) -> Judgement:
     if told.is_asked_to_stop:
         return Judgement("stopped", "`kiln stop` asked for it; saved", {})
     if told.is_near_walltime:
         return Judgement("walltime", "the walltime was about to end; saved", {})
     return Judgement("preempted", "Slurm wanted the nodes back; saved", {})
+
+
+def _crashed(told: Evidence) -> Judgement:
+    died = told.ended.died[0] if told.ended.died else None
+    if died is not None and _is_sudden(died):
+        return Judgement("crashed", str(died), {died.node: _LIKELY})
+    return Judgement("crashed", told.error or str(died or f"code {told.ended.code}"), {})
 
 
 def _is_sudden(died: Died) -> bool:

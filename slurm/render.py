@@ -11,7 +11,7 @@ def sbatch_script(job: JobSpec) -> str:
     header = "\n".join(f"#SBATCH {option}" for option in _options(job))
     lines = "\n".join(_environment(job))
     command = " ".join(map(quote, job.command))
-    return f"#!/bin/bash\n{header}\nset -eu\n{lines}\nexec {command}\n"
+    return f"#!/bin/bash\n{header}\nset -e\n{lines}\nexec {command}\n"
 
 
 def _options(job: JobSpec) -> Iterator[str]:
@@ -58,7 +58,7 @@ def _environment(job: JobSpec) -> Iterator[str]:
         yield f"module load {quote(module)}"
     for name, value in sorted(job.site.env.items()):
         yield f"export {name}={quote(value)}"
-    yield f"export PYTHONPATH={quote(str(job.code))} OMP_NUM_THREADS={job.cpus_per_task}"
+    yield f"export PYTHONPATH={quote(str(job.code))}"
     # Since Slurm 22.05 srun does not take it over from sbatch.
     yield f"export SRUN_CPUS_PER_TASK={job.cpus_per_task}"
 

@@ -1,12 +1,15 @@
 """The small files of a run's folder by which commands and batch scripts know of each other."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from slurm.spec import Checks, RunSpec
 
+CODE = "code"
+"""Kiln, as it was when the run was launched."""
 SCRIPT = "submit.sbatch"
 """What sbatch got."""
 JOBS = "jobs.jsonl"
@@ -45,6 +48,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run_folders(root: Path, *, depth: int = 3) -> Iterator[Path]:
+    """Find the folders of runs, without looking into them: a sweep or a pipeline has some in it."""
+    if (root / "attempts").is_dir():
+        yield root
+    elif depth:
+        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+            if not folder.name.startswith(".") and folder.name != CODE:
+                yield from run_folders(folder, depth=depth - 1)
 
 
 def write_spec(run: Path, spec: RunSpec) -> None:

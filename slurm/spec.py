@@ -13,18 +13,6 @@ _SECRET_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Container:
-    """What the tasks of a job run in."""
-
-    kind: Literal["pyxis", "apptainer"]
-    """Through srun's plugin, or as a command in front."""
-    image: str
-    """File that all nodes see."""
-    mounts: tuple[str, ...] = ()
-    """FROM:TO."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Site:
     """What is asked of a site; an empty string leaves the choice to it."""
 
@@ -133,6 +121,8 @@ class RunSpec:
     """Tasks that srun starts on each node."""
     node_counts: tuple[int, ...]
     """With how many nodes it may run, the most first."""
+    exclude: tuple[str, ...]
+    """Nodes that it never uses."""
     worker: tuple[str, ...]
     """Command of a rank."""
     meet: tuple[str, ...]

@@ -88,7 +88,6 @@ def tiny_config(**changes: Any) -> TrainConfig:
             "ranks_per_node": 1,
             "device": "cpu",
             "device_memory_gib": 1,
-            "partition": "",
             "time_limit_min": 10,
             "warn_before_kill_s": 60,
         },

@@ -44,7 +44,8 @@ COMMANDS = {
         "trainer.verify_resume",
         "kill real readers of a dataset at random, resume them, and compare what they gave",
     ),
-    "launch": ("trainer.launch", "render the sbatch script of a run, and submit it"),
+    "launch": ("trainer.launch", "submit a training run to Slurm, frozen; again: continue it"),
+    "supervise": ("slurm.supervise", "keep jobs alive: restart at once, without bad nodes"),
 }
 EXIT_INTERRUPTED = 130
 

@@ -18,9 +18,9 @@ class ContainerConfig:
     """pyxis: srun's --container-image; apptainer: `apptainer exec` under srun."""
     image: str
     """Absolute path of a .sqsh (pyxis) or .sif (apptainer) that all nodes see."""
-    mounts: tuple[str, ...] = ()
+    mounts: tuple[str, ...]
     """FROM:TO, both absolute; the run's folder is mounted in any case."""
-    python: str = "python3"
+    python: str
     """The interpreter inside, with everything that pyproject.toml asks for."""
 
 
@@ -28,13 +28,13 @@ class ContainerConfig:
 class PreflightConfig:
     """What every node is asked before its ranks start."""
 
-    folders: tuple[Path, ...] = (Path("/tmp"),)  # noqa: S108 - the usual local scratch folder
+    folders: tuple[Path, ...]
     """Local folders that need room."""
-    min_free_gb: NonNegativeFloat = 10
+    min_free_gb: NonNegativeFloat
     """How much, in each of them."""
-    max_clock_skew_s: PositiveFloat = 5
+    max_clock_skew_s: PositiveFloat
     """Most that a node's clock may differ from the first node's."""
-    timeout_s: PositiveInt = 120
+    timeout_s: PositiveInt
     """A node that has not answered by then is bad."""
 
 
@@ -42,48 +42,48 @@ class PreflightConfig:
 class SlurmConfig:
     """How a site's Slurm is asked; empty strings leave a choice to the site."""
 
-    partition: Name = ""
+    partition: Name
     """Partition."""
-    account: Name = ""
+    account: Name
     """Account that is charged."""
-    qos: Name = ""
+    qos: Name
     """Quality of service."""
-    reservation: Name = ""
+    reservation: Name
     """Reservation."""
-    licenses: Name = ""
+    licenses: Name
     """Licences, as --licenses takes them."""
-    constraint: Name = ""
+    constraint: Name
     """Features that nodes need, as --constraint takes them."""
-    exclude: tuple[Name, ...] = ()
+    exclude: tuple[Name, ...]
     """Nodes that are never used."""
-    exclusive: bool = True
+    exclusive: bool
     """No other job on the nodes."""
-    memory_gb: PositiveInt | None = None
+    memory_gb: PositiveInt | None
     """Memory per node; null is all that it has."""
-    gpu_kind: Name = ""
+    gpu_kind: Name
     """Kind of GPU as the site calls it, e.g. a100; empty where there is one kind."""
-    modules: tuple[Name, ...] = ()
+    modules: tuple[Name, ...]
     """Loaded before anything else: `module load NAME`."""
-    env: dict[str, str] = Field(default_factory=dict)
+    env: dict[str, str]
     """Set for all ranks, e.g. {NCCL_SOCKET_IFNAME: ib0}; no secrets: those come with the
     environment that submits."""
-    container: ContainerConfig | None = None
+    container: ContainerConfig | None
     """null runs the ranks with the interpreter that submits."""
-    stop_signal: Literal["USR1", "USR2"] = "USR2"
+    stop_signal: Literal["USR1", "USR2"]
     """What ranks hear warn_before_kill_s before the end; NCCL may catch USR1."""
-    max_restarts: NonNegativeInt = 50
+    max_restarts: NonNegativeInt
     """Attempts of a job beyond the first; then it ends."""
-    no_progress_attempts: PositiveInt = 3
+    no_progress_attempts: PositiveInt
     """So many attempts in a row without a new checkpoint end the job, too."""
-    min_nodes: PositiveInt | None = None
+    min_nodes: PositiveInt | None
     """`kiln supervise` may shrink a waiting job to so few nodes, at the same global batch; null
     waits for all of them."""
-    shrink_after_min: PositiveFloat = 30
+    shrink_after_min: PositiveFloat
     """How long it waits for nodes before that."""
-    write_mb_per_s: PositiveFloat = 500
+    write_mb_per_s: PositiveFloat
     """What one node writes to the runs' file system; a checkpoint must fit twice into
     warn_before_kill_s."""
-    preflight: PreflightConfig | None = Field(default_factory=PreflightConfig)
+    preflight: PreflightConfig | None
     """null starts ranks on whatever nodes come."""
 
 

@@ -1,0 +1,207 @@
+"""Keep jobs alive from a login node: restart at once, without bad nodes, with fewer if need be.
+
+It remembers nothing: what it must know is in the runs' folders, so it may be stopped and started at
+any time. It needs no rights but those of the jobs' owner.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import PositiveFloat
+
+from slurm import client
+from slurm.attempts import FINAL, Attempt, read_attempts
+from slurm.lost import close_lost
+from slurm.runfile import append_row, read_spec, run_folders
+from slurm.spec import RunSpec
+from slurm.suspects import Suspicion, to_leave_out
+from trainer.command import run_command
+from trainer.errors import BadInput, BadWorld
+from trainer.frozen import config
+from trainer.runtime.rundir import locked
+
+log = logging.getLogger(__name__)
+
+RECORD = "supervisor.jsonl"
+"""In a run's folder: what was done for it."""
+_SOON_S = 0.25
+"""How often Slurm is asked while a job is about to come back."""
+_REMEMBERED_S = 7 * 24 * 3600.0
+
+
+@config
+class SuperviseConfig:
+    """`kiln supervise`."""
+
+    root: Path
+    """Folder of runs, or one run."""
+    poll_s: PositiveFloat
+    """How often Slurm is asked; while a job is about to come back more often."""
+    once: bool
+    """Look once, do what there is to do, and end: for cron."""
+
+
+@dataclass(frozen=True)
+class Charge:
+    """A job that is watched over."""
+
+    job: client.Queued
+    folder: Path
+    spec: RunSpec
+    attempts: Sequence[Attempt]
+    """Of this job."""
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether its last attempt is over, and Slurm makes it wait before the next."""
+        return (
+            bool(self.attempts) and self.job.state == "PENDING" and self.job.reason == "BeginTime"
+        )
+
+    @property
+    def will_come_back(self) -> bool:
+        """Whether its last attempt has ended, and Slurm has not noticed yet."""
+        end = self.attempts[-1].end if self.attempts else None
+        return end is not None and end.cause not in FINAL
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to be changed about a job, and why."""
+
+    fields: Mapping[str, str]
+    what: str
+    words: str
+
+
+def restart(charge: Charge, leave_out: Sequence[str]) -> Change:
+    """Start a job that comes back now, with all its nodes, and without those."""
+    fields = {"StartTime": "now"}
+    if len(charge.spec.node_counts) > 1:
+        fields["NumNodes"] = str(charge.spec.node_counts[0])
+    words = "starts at once"
+    if leave_out:
+        fields["ExcNodeList"] = ",".join(leave_out)
+        words += f" without {', '.join(leave_out)}"
+    return Change(fields, "lifted", words)
+
+
+def shrink(charge: Charge, waited_s: float, num_idle: int) -> Change | None:
+    """Take fewer nodes for a job that has waited long enough; None to go on waiting.
+
+    Args:
+        charge: A job that waits for nodes.
+        waited_s: For how long.
+        num_idle: Nodes that it could have now.
+    """
+    wanted = int(charge.job.num_nodes)
+    fitting = [count for count in charge.spec.node_counts if count <= num_idle and count < wanted]
+    if not fitting or waited_s < charge.spec.shrink_after_s:
+        return None
+    words = f"takes {fitting[0]} nodes instead of {wanted}, after {waited_s / 60:.0f} min"
+    return Change({"NumNodes": str(fitting[0])}, "shrunk", words)
+
+
+class Supervisor:
+    """Looks after all jobs of a folder."""
+
+    def __init__(self, root: Path) -> None:
+        """Take the folder."""
+        self._root = root
+
+    def look(self) -> list[Charge]:
+        """Do what there is to do, and return the jobs that there are."""
+        charges = list(self._charges(client.queue()))
+        for charge in charges:
+            if charge.comes_back:
+                close_lost(charge.attempts)
+                self._do(charge, restart(charge, self._leave_out(charge)))
+            elif charge.job.state == "PENDING" and charge.job.reason in {"Resources", "Priority"}:
+                told = client.show_job(charge.job.job_id)
+                change = shrink(charge, _waited_s(told), num_nodes(told, "idle"))
+                if change is not None:
+                    self._do(charge, change)
+        return charges
+
+    def _charges(self, queue: Sequence[client.Queued]) -> Iterator[Charge]:
+        for job in queue:
+            folder = job.folder
+            if folder is None or not folder.is_relative_to(self._root):
+                continue
+            spec = read_spec(folder)
+            if spec is not None:
+                own = [each for each in read_attempts(folder) if each.begin.job_id == job.job_id]
+                yield Charge(job, folder, spec, own)
+
+    def _leave_out(self, charge: Charge) -> tuple[str, ...]:
+        now_unix_s = time.time()
+        suspicions = [
+            Suspicion(node, attempt.end.unix_s, weight)
+            for folder in run_folders(self._root)
+            for attempt in read_attempts(folder)
+            if attempt.end is not None and now_unix_s - attempt.end.unix_s < _REMEMBERED_S
+            for node, weight in attempt.end.suspects.items()
+        ]
+        always = charge.spec.exclude
+        there = num_nodes(client.show_job(charge.job.job_id), "all")
+        spare = there - len(always) - charge.spec.node_counts[0]
+        suspects = [n for n in to_leave_out(suspicions, now_unix_s) if n not in always]
+        return (*always, *suspects[: max(0, spare)])
+
+    def _do(self, charge: Charge, change: Change) -> None:
+        try:
+            client.update(charge.job.shown_id, **change.fields)
+        except client.SlurmError as error:
+            log.warning("%s: %s", charge.folder.name, error)
+            return
+        row = {"unix_s": time.time(), "job_id": charge.job.job_id, "what": change.what}
+        append_row(charge.folder / RECORD, {**row, "words": change.words})
+        log.info("%s: job %s %s", charge.folder.name, charge.job.shown_id, change.words)
+
+
+def num_nodes(job: Mapping[str, str], state: str) -> int:
+    """Count the nodes of a job's partition, all or those that are idle."""
+    only = () if state == "all" else (f"--states={state}",)
+    partition = f"--partition={job['Partition']}"
+    told = client.run("sinfo", "--noheader", partition, *only, "--format=%D")
+    return sum(map(int, told.split()))
+
+
+def _waited_s(job: Mapping[str, str]) -> float:
+    """How long a job could have begun already; Slurm's times are local and without zone."""
+    try:
+        return time.time() - datetime.fromisoformat(job["EligibleTime"]).timestamp()
+    except (KeyError, ValueError):
+        return 0.0
+
+
+def run(cfg: SuperviseConfig) -> int:
+    """Watch until interrupted."""
+    root = cfg.root.resolve()
+    if not root.is_dir():
+        raise BadInput(
+            f"root={cfg.root} is not there. Give the folder that `kiln launch` works in."
+        )
+    supervisor = Supervisor(root)
+    with locked(root, ".supervise.lock", doing="supervised"):
+        log.info("supervising the jobs of %s; stop with Ctrl-C, which stops no job", root)
+        while True:
+            soon = False
+            try:
+                soon = any(charge.will_come_back for charge in supervisor.look())
+            except client.SlurmError as error:
+                if cfg.once:
+                    raise BadWorld(str(error)) from error
+                log.warning("%s; asking again", error)
+            if cfg.once:
+                return 0
+            time.sleep(_SOON_S if soon else cfg.poll_s)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`kiln supervise [ROOT] [once=true] [key=value ...]`."""
+    return run_command(run, SuperviseConfig, "supervise", argv, positional="root")
