@@ -33,10 +33,12 @@ def make_dataset(
     shard_counts: tuple[int, ...] = (7, 5, 8),
     buckets: tuple[str, ...] = (BUCKET,),
     salt: str = "row",
+    fingerprint: str = "tiny",
 ) -> Path:
     """Publish a dataset of noise pictures; keys are hashes, so shards interleave them.
 
-    Rows take turns among the buckets; another salt gives other keys.
+    Rows take turns among the buckets; another salt gives other keys. The fingerprint is that of the
+    encoders that are said to have made the latents.
     """
     dataset = root / "dataset"
     rng = np.random.default_rng(0)
@@ -64,7 +66,7 @@ def make_dataset(
         name = f"{number:05d}"
         write_shard(dataset / f"shards/{name}.tar", dataset / f"index/{name}.parquet", pictures)
         entries.append(describe_shard(dataset, f"shards/{name}.tar", count))
-        folder = encoding_folder(dataset, "tiny")
+        folder = encoding_folder(dataset, fingerprint)
         write_shard(folder / f"{name}.tar", folder / f"index/{name}.parquet", latents)
         encoded.append(describe_shard(folder, f"{name}.tar", count))
     manifest = Manifest(shards=tuple(entries), rows_in=len(keys), rows_kept=len(keys), rejected={})
@@ -78,7 +80,7 @@ def make_dataset(
     save_encoding(
         dataset,
         Encoding(
-            fingerprint="tiny",
+            fingerprint=fingerprint,
             dataset_fingerprint=manifest.fingerprint,
             shards=tuple(encoded),
             bucket_counts=bucket_counts,
@@ -86,6 +88,7 @@ def make_dataset(
         ),
     )
     np.save(
-        encoding_folder(dataset, "tiny") / "null_text.npy", np.zeros((2, TEXT_WIDTH), np.float16)
+        encoding_folder(dataset, fingerprint) / "null_text.npy",
+        np.zeros((2, TEXT_WIDTH), np.float16),
     )
     return dataset
