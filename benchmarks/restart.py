@@ -53,7 +53,7 @@ def stopped(cluster: VirtualCluster, run: Path, job_id: str) -> Gaps:
 
 def crashed(_cluster: VirtualCluster, run: Path, job_id: str) -> Gaps:
     """Kill a rank; the batch script requeues the job."""
-    os.kill(int(ranks(read_attempts(run)[0])[0]["pid"]), signal.SIGKILL)
+    os.kill(ranks(read_attempts(run)[0])[0]["pid"], signal.SIGKILL)
     end = wait_for(lambda: read_attempts(run)[0].end, "the end of the attempt")
     return away(run, job_id, end.unix_s)
 

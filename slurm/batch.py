@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 from slurm import client
@@ -137,9 +136,7 @@ class Batch:
                 ],
                 job=job,
                 is_asked_to_stop=self._is_asked_to_stop(),
-                is_near_walltime=_is_near(
-                    job.get("EndTime"), spec.warn_before_kill_s + EARLY_WARNING_S
-                ),
+                is_near_walltime=_is_near(job, spec.warn_before_kill_s + EARLY_WARNING_S),
             )
         )
 
@@ -242,15 +239,13 @@ class Batch:
         log.info("%s, attempt %d: %s", self._run.name, self._attempt.number, what)
 
 
-def _is_near(end_time: str | None, within_s: float) -> bool:
-    """Whether Slurm's time, local and without zone, is less than so many seconds away."""
-    if end_time is None:
-        return False
-    try:
-        end_unix_s = datetime.fromisoformat(end_time).timestamp()
-    except ValueError:
-        return False
-    return end_unix_s - time.time() <= within_s
+def _is_near(job: Mapping[str, str], within_s: float) -> bool:
+    """Whether a job has at most so many seconds left of its walltime.
+
+    Not by EndTime, which Slurm moves when it cancels or preempts.
+    """
+    ran_s, limit_s = (client.seconds(job.get(name, "")) for name in ("RunTime", "TimeLimit"))
+    return ran_s is not None and limit_s is not None and limit_s - ran_s <= within_s
 
 
 def main(argv: Sequence[str]) -> int:

@@ -139,5 +139,14 @@ def cancel(job_ids: Sequence[str]) -> None:
         run("scancel", *job_ids)
 
 
+def seconds(told: str) -> int | None:
+    """Read a span as Slurm writes it, D-HH:MM:SS or a part of that; None for UNLIMITED and such."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", told)
+    if match is None:
+        return None
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
 def _fields(line: str) -> dict[str, str]:
     return dict(re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(.*?)(?=\s[A-Za-z][\w/:]*=|\s*$)", line))

@@ -50,7 +50,9 @@ def judge(told: Evidence) -> Judgement:
     code = told.error_code or told.ended.code
     if code == 0:
         return Judgement("finished", "all images are seen", {})
-    if told.job.get("JobState") == "CANCELLED":
+    # Slurm hides what it is completing; of a job that is requeued nobody asks here.
+    is_ended = told.job.get("JobState") in {"CANCELLED", "COMPLETING"}
+    if is_ended and not told.is_near_walltime:
         return Judgement("cancelled", "scancel", {})
     if told.stuck is not None:
         return Judgement("stuck", told.stuck, dict.fromkeys(told.stuck_nodes, _CERTAIN))

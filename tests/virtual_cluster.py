@@ -52,8 +52,8 @@ GresTypes=gpu
 JobAcctGatherType=jobacct_gather/linux
 AccountingStorageType=accounting_storage/none
 MaxArraySize={max_array_size}
-NodeName=DEFAULT NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=16000 Gres=gpu:8
-NodeName=node[1-4] Port=[{node_ports}] State=UNKNOWN
+NodeName=DEFAULT CPUs=8 RealMemory=16000 Gres=gpu:8
+NodeName=node[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports}]
 PartitionName=DEFAULT Nodes=node[1-4] MaxTime=INFINITE State=UP
 PartitionName=train Default=YES PriorityTier=1 GraceTime=20
 PartitionName=high PriorityTier=10 PreemptMode=OFF
@@ -160,7 +160,7 @@ class VirtualCluster:
         return dict(line.split() for line in told.splitlines())
 
     def _do(self, *command: str) -> None:
-        subprocess.run(command, env={**os.environ, **self.env}, check=True, capture_output=True)
+        self.slurm(*command)
 
     def _kill(self, pid_file: Path, number: int) -> None:
         try:

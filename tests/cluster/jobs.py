@@ -78,7 +78,7 @@ def wait_for(what: Callable[[], Any], told: str, timeout_s: float = 90) -> Any:
     raise AssertionError(f"{told} did not come within {timeout_s} s")
 
 
-def ranks(attempt: Attempt) -> list[dict[str, str]]:
+def ranks(attempt: Attempt) -> list[dict[str, Any]]:
     found = []
     for path in sorted(attempt.folder.glob("rank_?.json")):
         with contextlib.suppress(ValueError):
@@ -115,6 +115,13 @@ def heard(attempt: Attempt) -> list[set[str]]:
 
 def state(job_id: str) -> str:
     return client.show_job(job_id).get("JobState", "")
+
+
+def shorten(job_id: str) -> None:
+    """Let the walltime of a running job end half a minute to one and a half from now."""
+    ran_s = client.seconds(client.show_job(job_id)["RunTime"])
+    assert ran_s is not None
+    client.update(job_id, TimeLimit=str((ran_s + 30) // 60 + 1))
 
 
 @contextlib.contextmanager

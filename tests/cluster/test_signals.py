@@ -3,7 +3,6 @@ versions and sites differ."""
 
 import os
 import signal
-import subprocess
 import time
 
 import pytest
@@ -11,9 +10,11 @@ import pytest
 from slurm import client
 from slurm.attempts import read_attempts
 from slurm.runfile import STOP, write_json
+from slurm.spec import Checks
 from tests.cluster.jobs import (
     heard,
     ranks,
+    shorten,
     spec_of,
     state,
     submit,
@@ -74,8 +75,7 @@ def test_walltime(cluster, tmp_path):
     run = tmp_path / "run"
     job_id = submit(run)
     wait_running(run)
-    soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 30))
-    cluster.slurm("scontrol", "update", f"JobId={job_id}", f"EndTime={soon}")
+    shorten(job_id)
     attempt = wait_ended(run)
     assert all({"SIGCONT", "SIGUSR2"} <= each for each in heard(attempt)), heard(attempt)
     assert attempt.end.cause == "walltime"
@@ -110,7 +110,7 @@ def test_a_killed_rank_is_named_and_the_job_comes_back(cluster, tmp_path):
     run = tmp_path / "run"
     job_id = submit(run)
     third = ranks(wait_running(run))[2]
-    os.kill(int(third["pid"]), signal.SIGKILL)
+    os.kill(third["pid"], signal.SIGKILL)
     attempt = wait_ended(run)
     assert attempt.end.cause == "crashed"
     assert attempt.end.why == f"rank 2 on {third['node']}: Killed"
@@ -123,7 +123,7 @@ def test_what_waits_for_a_job_goes_on_waiting_while_that_comes_back(cluster, tmp
     job_id = submit(run)
     after = ("--dependency", f"afterok:{job_id}", "--kill-on-invalid-dep=yes", "--wrap=true")
     child = cluster.slurm("sbatch", "--parsable", *after).strip()
-    os.kill(int(ranks(wait_running(run))[0]["pid"]), signal.SIGKILL)
+    os.kill(ranks(wait_running(run))[0]["pid"], signal.SIGKILL)
     wait_ended(run)
     wait_for(lambda: state(job_id) == "PENDING", "the job in the queue")
     assert state(child) == "PENDING"
@@ -133,8 +133,6 @@ def test_what_waits_for_a_job_goes_on_waiting_while_that_comes_back(cluster, tmp
 
 
 def test_a_bad_node_is_found_before_ranks_start_and_left_out(cluster, tmp_path, monkeypatch):
-    from slurm.spec import Checks
-
     run = tmp_path / "run"
     smi = tmp_path / "bin/nvidia-smi"
     smi.parent.mkdir()
@@ -152,6 +150,7 @@ def test_a_bad_node_is_found_before_ranks_start_and_left_out(cluster, tmp_path, 
     assert attempt.end.why.startswith("node1 nvidia-smi does not work")
     assert not ranks(attempt)
     wait_for(lambda: client.show_job(job_id).get("ExcNodeList") == "node1", "the exclusion")
+    wait_for(lambda: state(job_id) == "PENDING", "the job in the queue")
     client.update(job_id, StartTime="now")
     assert "node1" not in wait_running(run, 1).begin.nodes
 
@@ -188,7 +187,7 @@ def test_a_dead_node(cluster, tmp_path, which):
     assert end.cause == "lost"
     assert end.suspects == {node: 1.0}
     assert end.why.startswith(f"{node} is down")
-    subprocess.run(["kill", "-9", orphan["pid"]], check=False)
+    os.kill(orphan["pid"], signal.SIGKILL)
     time.sleep(1)
     assert read_attempts(run)[1].end is None
     assert state(job_id) == "RUNNING"

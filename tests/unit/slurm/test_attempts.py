@@ -122,7 +122,7 @@ LEFT = Ended(143, (Died("node2", "1", "Exited with exit code 1"),))
         (evidence(85, is_near_walltime=True), "walltime", "saved", {}),
         (evidence(85, is_asked_to_stop=True), "stopped", "saved", {}),
         (evidence(85, job={"JobState": "CANCELLED"}), "cancelled", "scancel", {}),
-        (evidence(137, job={"JobState": "CANCELLED"}), "cancelled", "scancel", {}),
+        (evidence(137, job={"JobState": "COMPLETING"}), "cancelled", "scancel", {}),
         (evidence(85, stuck="rank 1", stuck_nodes=["n2"]), "stuck", "rank 1", {"n2": 1.0}),
         (evidence(93, error="another"), "superseded", "another", {}),
         (evidence(143, error="seed: 0 -> 1", error_code=2), "refused", "seed", {}),

@@ -53,3 +53,17 @@ def test_only_kilns_jobs_have_a_folder():
 def test_advice_is_empty_where_nobody_answers(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert advice() == ""
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("00:10:00", 600),
+        ("1-02:03:04", 93784),
+        ("05:06", 306),
+        ("UNLIMITED", None),
+        ("", None),
+    ],
+)
+def test_spans_are_read_as_slurm_writes_them(told, expected):
+    assert client.seconds(told) == expected
