@@ -119,6 +119,8 @@ class RunSpec:
 
     ranks_per_node: int
     """Tasks that srun starts on each node."""
+    cores_per_rank: int
+    """Of each."""
     node_counts: tuple[int, ...]
     """With how many nodes it may run, the most first."""
     exclude: tuple[str, ...]

@@ -30,6 +30,9 @@ RECORD = "supervisor.jsonl"
 """In a run's folder: what was done for it."""
 _SOON_S = 0.25
 """How often Slurm is asked while a job is about to come back."""
+_CREDENTIAL_S = 2
+"""A node refuses a job's credential that was made in the second in which the job ended there, or
+before, and Slurm then fails the job. This is what its own hold is for."""
 _REMEMBERED_S = 7 * 24 * 3600.0
 
 
@@ -80,9 +83,9 @@ class Change:
 
 def restart(charge: Charge, leave_out: Sequence[str]) -> Change:
     """Start a job that comes back now, with all its nodes, and without those."""
-    fields = {"StartTime": "now"}
+    fields = {"StartTime": f"now+{_CREDENTIAL_S}"}
     if len(charge.spec.node_counts) > 1:
-        fields["NumNodes"] = str(charge.spec.node_counts[0])
+        fields |= _size(charge.spec, charge.spec.node_counts[0])
     words = "starts at once"
     if leave_out:
         fields["ExcNodeList"] = ",".join(leave_out)
@@ -103,7 +106,17 @@ def shrink(charge: Charge, waited_s: float, num_idle: int) -> Change | None:
     if not fitting or waited_s < charge.spec.shrink_after_s:
         return None
     words = f"takes {fitting[0]} nodes instead of {wanted}, after {waited_s / 60:.0f} min"
-    return Change({"NumNodes": str(fitting[0])}, "shrunk", words)
+    return Change(_size(charge.spec, fitting[0]), "shrunk", words)
+
+
+def _size(spec: RunSpec, num_nodes: int) -> dict[str, str]:
+    """Say how large a job is: Slurm takes the most that any of its numbers asks for."""
+    ranks = num_nodes * spec.ranks_per_node
+    return {
+        "NumCPUs": str(ranks * spec.cores_per_rank),
+        "NumTasks": str(ranks),
+        "NumNodes": str(num_nodes),
+    }
 
 
 class Supervisor:
@@ -183,9 +196,7 @@ def run(cfg: SuperviseConfig) -> int:
     """Watch until interrupted."""
     root = cfg.root.resolve()
     if not root.is_dir():
-        raise BadInput(
-            f"root={cfg.root} is not there. Give the folder that `kiln launch` works in."
-        )
+        raise BadInput(f"root={cfg.root} is not there. Give the folder that holds the runs.")
     supervisor = Supervisor(root)
     with locked(root, ".supervise.lock", doing="supervised"):
         log.info("supervising the jobs of %s; stop with Ctrl-C, which stops no job", root)

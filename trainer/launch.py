@@ -150,6 +150,7 @@ def jobs_of(cfg: TrainConfig, name: str) -> tuple[JobSpec, RunSpec]:
     options, prefix, python = _inside(slurm.container, folder)
     spec = RunSpec(
         ranks_per_node=cluster.ranks_per_node,
+        cores_per_rank=job.cpus_per_task,
         node_counts=node_counts(cfg, slurm),
         exclude=slurm.exclude,
         worker=(*prefix, python, "-m", "trainer.worker", str(folder)),

@@ -45,6 +45,7 @@ def job_of(run: Path, **changes: Any) -> JobSpec:
 def spec_of(run: Path, **changes: Any) -> RunSpec:
     spec = RunSpec(
         ranks_per_node=2,
+        cores_per_rank=1,
         node_counts=(2,),
         exclude=(),
         worker=(sys.executable, str(ROOT / "tests/cluster/rank.py"), str(run)),
@@ -75,6 +76,8 @@ def wait_for(what: Callable[[], Any], told: str, timeout_s: float = 90) -> Any:
         if found:
             return found
         time.sleep(0.05)
+    with contextlib.suppress(client.SlurmError):
+        told += f" ({client.run('squeue', '--noheader', '--format=%i %T %r %N')})"
     raise AssertionError(f"{told} did not come within {timeout_s} s")
 
 

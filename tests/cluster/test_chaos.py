@@ -17,12 +17,13 @@ from trainer.runtime.rundir import complete
 
 pytestmark = pytest.mark.cluster
 
-STEPS = 240
+STEPS = 320
 LONG = [
     f"total_images={STEPS * 32}",
     "batch.global_batch_images=32",
     "batch.micro_batch_images=1",
     "checkpoint.every_images=320",
+    "cluster.warn_before_kill_s=50",
 ]
 
 
@@ -51,14 +52,14 @@ def test_chaos(cluster, tmp_path, capsys):
 
             return wait_for(there, f"attempt {number}, {steps} steps on", 120)
 
-        attempt_at(0, 15)
+        attempt_at(0, 8)
         preempt(cluster)
-        third = attempt_at(1, 15).begin.nodes[1]
+        third = attempt_at(1, 8).begin.nodes[1]
         cluster.kill_node(third)
-        attempt = attempt_at(2, 15)
+        attempt = attempt_at(2, 8)
         assert third not in attempt.begin.nodes
         os.kill(_pid_of_rank(run, 1), signal.SIGKILL)
-        drained = attempt_at(3, 15).begin.nodes[0]
+        drained = attempt_at(3, 8).begin.nodes[0]
         cluster.start_node(third)
         cluster.slurm("scontrol", "update", f"NodeName={drained}", "State=DRAIN", "Reason=dimm")
         cluster.slurm("scontrol", "requeue", job_id)

@@ -14,6 +14,7 @@ from slurm.suspects import Suspicion, to_leave_out
 
 SPEC = RunSpec(
     ranks_per_node=2,
+    cores_per_rank=1,
     node_counts=(4, 2),
     exclude=(),
     worker=("python", "-m", "trainer.worker", "/runs/a"),
