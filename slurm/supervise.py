@@ -16,7 +16,7 @@ from pydantic import PositiveFloat
 from slurm import client
 from slurm.attempts import FINAL, Attempt, read_attempts
 from slurm.lost import close_lost
-from slurm.runfile import append_row, read_spec, run_folders
+from slurm.runfile import append_row, read_rows, read_spec, run_folders
 from slurm.spec import RunSpec
 from slurm.suspects import Suspicion, to_leave_out
 from trainer.command import run_command
@@ -33,6 +33,7 @@ _SOON_S = 0.25
 _CREDENTIAL_S = 2
 """A node refuses a job's credential that was made in the second in which the job ended there, or
 before, and Slurm then fails the job. This is what its own hold is for."""
+_LIFTED_WITHIN_S = 10.0
 _REMEMBERED_S = 7 * 24 * 3600.0
 
 
@@ -130,7 +131,7 @@ class Supervisor:
         """Do what there is to do, and return the jobs that there are."""
         charges = list(self._charges(client.queue()))
         for charge in charges:
-            if charge.comes_back:
+            if charge.comes_back and not _is_lifted(charge.folder):
                 close_lost(charge.attempts)
                 self._do(charge, restart(charge, self._leave_out(charge)))
             elif charge.job.state == "PENDING" and charge.job.reason in {"Resources", "Priority"}:
@@ -174,6 +175,12 @@ class Supervisor:
         row = {"unix_s": time.time(), "job_id": charge.job.job_id, "what": change.what}
         append_row(charge.folder / RECORD, {**row, "words": change.words})
         log.info("%s: job %s %s", charge.folder.name, charge.job.shown_id, change.words)
+
+
+def _is_lifted(folder: Path) -> bool:
+    """Whether that was just done, and Slurm is about to start the job."""
+    rows = read_rows(folder / RECORD)
+    return bool(rows) and time.time() - rows[-1]["unix_s"] < _LIFTED_WITHIN_S
 
 
 def num_nodes(job: Mapping[str, str], state: str) -> int:

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from slurm.attempts import read_attempts
-from tests.cluster.jobs import shorten, state, supervised, wait_for
+from tests.cluster.jobs import shorten, state, supervised, wait_ended, wait_for
 from tests.cluster.test_signals import preempt
 from tests.cluster.training import launch, losses, newest_step, publish, words
 from trainer.cli import main
@@ -66,6 +66,8 @@ def test_chaos(cluster, tmp_path, capsys):
         attempt = attempt_at(4, 5)
         assert drained not in attempt.begin.nodes
         shorten(job_id)
+        wait_ended(run, 4, timeout_s=120)
+        client.update(job_id, TimeLimit="10")
         attempt_at(5, 1)
         wait_for(lambda: state(job_id) == "COMPLETED", "the end of the run", 120)
 
