@@ -143,7 +143,7 @@ def test_a_task_that_is_warned_comes_back_alone_and_ends(cluster, tmp_path):
     wait_for(lambda: client.show_job(job_id).get("Restarts") == "1", "its return to the queue")
     wait_for(lambda: state(job_id) == "PENDING", "its return to the queue")
     assert state(child) == "PENDING"
-    client.update(job_id, StartTime="now")
+    client.update(job_id, StartTime="now+2")  # slurmd refuses it in the second of its end
     wait_for(lambda: state(job_id) == "COMPLETED", "its end")
     assert (tmp_path / "task/count").read_text() == "xx"
     wait_for(lambda: state(child) == "RUNNING", "what waited for it")
