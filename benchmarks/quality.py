@@ -22,10 +22,12 @@ from data_prep.scene_score import score
 from data_prep.scenes import caption, held_out_scenes, paint
 from trainer.config import DemoConfig
 from trainer.config_tools import SampleConfig
-from trainer.demo import serving, source_args, steps
+from trainer.demo import pipeline_of, source_args
 from trainer.diffusion import philox
 from trainer.diffusion.process import diffuse, time_at
 from trainer.frozen import compose
+from trainer.pipeline_local import Here
+from trainer.pipeline_stages import stages_of
 from trainer.sampler import Sampler, load_sampler, pad_texts
 
 RECIPES = {
@@ -49,11 +51,11 @@ def kiln(*words: str) -> None:
 def make_data(out: Path) -> Path:
     """Run the demo's commands up to its latents; what is there is not made again."""
     cfg = compose(DemoConfig, "demo", [f"out={out}"])
-    kiln("source", *source_args(cfg), f"out={out / 'source'}")
-    with serving(out / "source"):
-        for step in steps(cfg):
-            if step.command in {"prepare", "encode"}:
-                kiln(step.command, *step.args)
+    here = Here(out)
+    here.run("source", (*source_args(cfg), f"out={out / 'source'}"))
+    with here.meanwhile("serve", (f"source={out / 'source'}",)):
+        prepare, encode, *_ = stages_of(pipeline_of(cfg))
+        here.run_stages([prepare, encode])
     return out / "dataset"
 
 

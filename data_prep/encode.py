@@ -6,9 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -30,12 +28,8 @@ from data_prep.encode_batches import (
     to_npy,
 )
 from data_prep.encode_loader import load_samples, run_ahead
-from data_prep.encode_shard import (
-    SidecarRecord,
-    finished_record,
-    record_path,
-    write_sidecar,
-)
+from data_prep.encode_records import SidecarRecord, Work, is_current, retract, survey
+from data_prep.encode_shard import write_sidecar
 from data_prep.observed import RateLog, observed
 from data_prep.prepare import locked, say
 from data_prep.probe import no_room, print_costs, probe
@@ -44,11 +38,8 @@ from trainer.command import run_command
 from trainer.data.manifest import (
     ENCODING,
     Encoding,
-    Manifest,
     ShardEntry,
     check_files,
-    encoding_folder,
-    load_encoding,
     load_manifest,
     save_encoding,
 )
@@ -57,9 +48,8 @@ from trainer.data.publish import file_sha256, publish_bytes, publish_json
 from trainer.errors import BadInput
 from trainer.models.autoencoders import Statistics
 from trainer.models.encoders import load_frozen_encoders, statistics_of
-from trainer.models.fingerprint import Identity, identify
 from trainer.observe.countdown import Countdown
-from trainer.place import NUM_REQUESTS, is_local, remove, storage
+from trainer.place import is_local, remove, storage
 
 WRITE_BEHIND_IMAGES = 512  # encoded samples that may wait for the disk
 
@@ -67,29 +57,6 @@ WRITE_BEHIND_IMAGES = 512  # encoded samples that may wait for the disk
 def main(argv: Sequence[str]) -> int:
     """Run `kiln encode`."""
     return run_command(run, EncodeConfig, "encode", argv)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What there is to do and what is done already."""
-
-    folder: Path
-    """The encoding's."""
-    manifest: Manifest
-    identity: Identity
-    records: dict[str, SidecarRecord]
-    """Of the finished shards, by number."""
-
-    @property
-    def todo(self) -> list[ShardEntry]:
-        """Shards whose sidecar is missing, stale or damaged."""
-        return [shard for shard in self.manifest.shards if shard.number not in self.records]
-
-    @property
-    def leftovers(self) -> list[str]:
-        """Numbers of sidecars whose shard the dataset does not have any more."""
-        there = {path.stem for path in record_path(self.folder, "x").parent.glob("*.json")}
-        return sorted(there - {shard.number for shard in self.manifest.shards})
 
 
 def run(cfg: EncodeConfig) -> int:
@@ -115,7 +82,7 @@ def _run(cfg: EncodeConfig) -> int:
             _print_costs(cfg, work, load_encoders(cfg))
             return 0
         finished = work.folder / ENCODING
-        if not work.todo and not work.leftovers and _is_current(finished, work):
+        if not work.todo and not work.leftovers and is_current(finished, work):
             say(f"{work.folder}: nothing to do, all {len(manifest.shards)} shards are encoded.")
             return 0
         check_files(cfg.dataset, manifest.shards)
@@ -123,7 +90,7 @@ def _run(cfg: EncodeConfig) -> int:
             say(f"{len(work.records)} of {len(manifest.shards)} shards are encoded already.")
         remove(finished)  # without it the encoding is unfinished
         for number in work.leftovers:
-            _retract(work.folder, number)
+            retract(work.folder, number)
         if not shared:
             _do(cfg, work)
             return _finish(cfg, work)
@@ -131,20 +98,6 @@ def _run(cfg: EncodeConfig) -> int:
         _do(cfg, work)
     with locked(cfg.dataset, wait=True):
         return _finish(cfg, survey(cfg, manifest))
-
-
-def survey(cfg: EncodeConfig, manifest: Manifest) -> Work:
-    """Find which shards are encoded by these encoders, with their files intact."""
-    identity = identify(cfg.encoders)
-    folder = encoding_folder(cfg.dataset, identity.fingerprint)
-    hashes = cfg.recheck == "hashes"
-    with ThreadPoolExecutor(1 if is_local(folder) else NUM_REQUESTS) as threads:
-        found = threads.map(
-            lambda shard: finished_record(folder, shard, hashes=hashes), manifest.shards
-        )
-        pairs = zip(manifest.shards, found, strict=True)
-        records = {shard.number: record for shard, record in pairs if record is not None}
-    return Work(folder, manifest, identity, records)
 
 
 def make_encoding(work: Work) -> Encoding:
@@ -319,33 +272,12 @@ def _finish(cfg: EncodeConfig, work: Work) -> int:
     return 0
 
 
-def _is_current(path: Path, work: Work) -> bool:
-    if not path.exists():
-        return False
-    try:
-        there = load_encoding(path.parent)
-        read_null_text(path.parent, sha256=there.facts.get("null_text_sha256"))
-    except BadInput:
-        return False
-    records = [work.records[shard.number] for shard in work.manifest.shards]
-    return there.dataset_fingerprint == work.manifest.shards_fingerprint and there.shards == tuple(
-        record.shard for record in records
-    )
-
-
 def _has_null_text(folder: Path) -> bool:
     try:
         read_null_text(folder)
     except BadInput:
         return False
     return True
-
-
-def _retract(folder: Path, number: str) -> None:
-    """Remove a sidecar, its record first."""
-    remove(record_path(folder, number))
-    remove(folder / f"{number}.tar")
-    remove(folder / "index" / f"{number}.parquet")
 
 
 def _print_encoding(encoding: Encoding) -> None:

@@ -133,6 +133,17 @@ def requeue(job_id: str) -> None:
     run("scontrol", "requeue", job_id)
 
 
+def release(job_id: str) -> None:
+    """Let a job begin that was held."""
+    run("scontrol", "release", job_id)
+
+
+def max_array_size() -> int:
+    """Return the number that those of an array's tasks must be below."""
+    told = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.M)
+    return int(told.group(1)) if told else 1001
+
+
 def cancel(job_ids: Sequence[str]) -> None:
     """Cancel jobs, pending and running ones."""
     if job_ids:

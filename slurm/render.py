@@ -58,7 +58,8 @@ def _environment(job: JobSpec) -> Iterator[str]:
         yield f"module load {quote(module)}"
     for name, value in sorted(job.site.env.items()):
         yield f"export {name}={quote(value)}"
-    yield f"export PYTHONPATH={quote(str(job.code))}"
+    # Python would look into the folder where somebody stood who submitted, first of all.
+    yield f"export PYTHONPATH={quote(str(job.code))} PYTHONSAFEPATH=1"
     # Since Slurm 22.05 srun does not take it over from sbatch.
     yield f"export SRUN_CPUS_PER_TASK={job.cpus_per_task}"
 

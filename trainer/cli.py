@@ -44,6 +44,10 @@ COMMANDS = {
         "trainer.verify_resume",
         "kill real readers of a dataset at random, resume them, and compare what they gave",
     ),
+    "pipeline": (
+        "trainer.pipeline",
+        "from URLs to an evaluated model: all stages, here or as Slurm jobs",
+    ),
     "launch": ("trainer.launch", "submit a training run to Slurm, frozen; again: continue it"),
     "supervise": ("slurm.supervise", "keep jobs alive: restart at once, without bad nodes"),
 }

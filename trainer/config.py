@@ -159,6 +159,9 @@ class AutoencoderModelConfig:
     """Stated so that plans need no torch; a test compares it with the real model."""
 
 
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+
+
 ModelConfig = Annotated[
     UNetConfig | TransformerConfig | AutoencoderModelConfig, Field(discriminator="kind")
 ]
@@ -326,7 +329,7 @@ class TrainConfig:
 class LaunchConfig(TrainConfig):
     """`kiln launch`: a run, and what its job is called."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    name: RunName
     """Of the run and of its job."""
     dry_run: bool
     """Print what would be submitted, and touch nothing."""

@@ -269,3 +269,15 @@ class ExportConfig:
     weights: WeightsName
     """ema: the first of the moving averages, which draw better; raw: as the optimizer left them;
     or the name of another average, of power averages any width: power_0.08."""
+
+
+@config
+class ReportConfig:
+    """`kiln report`."""
+
+    run: str
+    """Run directory, as `kiln train` wrote it."""
+    dataset: str | None
+    """Dataset folder; null: the one that the run's config.yaml names."""
+    output: str | None
+    """The page; null: report.html in the run directory."""

@@ -1,24 +1,16 @@
 """Take image-text URLs all the way to generated pictures and a report, with everyday commands."""
 
-import logging
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-
-from rich.console import Console
 
 from trainer.command import run_command
 from trainer.config import DemoConfig
-from trainer.errors import BadInput, BadWorld
-
-log = logging.getLogger(__name__)
+from trainer.config_pipeline import PipelineConfig
+from trainer.errors import BadInput
+from trainer.frozen import compose_dict, freeze
+from trainer.pipeline_local import Here
+from trainer.pipeline_stages import stages_of
 
 # Combinations that the painter holds out: training never sees them.
 _WISHES = (
@@ -29,27 +21,24 @@ _WISHES = (
 )
 
 
-@dataclass(frozen=True)
-class Step:
-    """One command of the demo, as a user would type it."""
+# Roughly how long each command takes on two cores; only for the estimate of the time left.
+_ABOUT_S = {
+    "prepare": 60,
+    "encode": 90,
+    "train": 420,
+    "evaluate": 90,
+    "sample": 15,
+    "report": 5,
+}
 
-    command: str
-    args: tuple[str, ...]
-    about_s: float
-    """Roughly how long it takes on two cores; only for the estimate of the time left."""
 
-
-def steps(cfg: DemoConfig) -> Iterator[Step]:
-    """Yield the commands between making the source and reading the report."""
+def pipeline_of(cfg: DemoConfig) -> PipelineConfig:
+    """Return the commands between making the source and reading the report, as a pipeline."""
     out = out_dir(cfg)
-    source, dataset, run = out / "source", out / "dataset", out / "run"
     autoencoder = cfg.first_stage or ("scenes" if cfg.data == "scenes" else "emoji")
-    data = (f"autoencoder={autoencoder}", f"encoders.image_side_px={cfg.image_side_px}")
-    yield Step(
-        "prepare",
-        (
-            f"rows={source}/rows.parquet",
-            f"dataset={dataset}",
+    fields = compose_dict("pipeline", ["name=demo", "rows=-"])
+    words = {
+        "prepare": (
             f"image_side_px={cfg.image_side_px}",
             f"shard_rows={cfg.shard_rows}",
             "min_image_side_px=16",
@@ -59,39 +48,44 @@ def steps(cfg: DemoConfig) -> Iterator[Step]:
             "download.allow_hosts=[127.0.0.1]",
             "download.timeout_s=2",
         ),
-        60,
-    )
-    yield Step("encode", (f"dataset={dataset}", *data), 90)
-    yield Step(
-        "train",
-        (
-            f"run={run}",
-            f"data.dataset={dataset}",
-            *data,
-            f"total_images={cfg.total_images}",
-            *cfg.train,
+        "train": (f"total_images={cfg.total_images}", *cfg.train),
+        "evaluate": cfg.evaluate,
+        "sample": (
+            f"out={out}/run/wishes",
+            *([f"prompts=[{','.join(map(repr, _WISHES))}]"] if cfg.data == "scenes" else []),
         ),
-        420,
+    }
+    for name, more in words.items():
+        fields[name]["words"] = more
+    for name in ("prepare", "encode"):  # every step begins at once, as it is quick to do again
+        fields[name]["recheck"] = "sizes"
+    return freeze(
+        PipelineConfig,
+        fields
+        | {
+            "run": f"{out}/run",
+            "rows": f"{out}/source/rows.parquet",
+            "dataset": f"{out}/dataset",
+            "encoders": (
+                f"autoencoder={autoencoder}",
+                f"encoders.image_side_px={cfg.image_side_px}",
+            ),
+            "stages": tuple(_ABOUT_S),
+            "gates": {},
+        },
     )
-    yield Step("evaluate", (f"run={run}", *cfg.evaluate), 90)
-    wishes = f"prompts=[{','.join(map(repr, _WISHES))}]" if cfg.data == "scenes" else ""
-    yield Step("sample", (f"run={run}", f"out={run}/wishes", *([wishes] if wishes else [])), 15)
-    yield Step("report", (f"run={run}",), 5)
 
 
 def run(cfg: DemoConfig) -> int:
     """Run every step; what is finished says so and is not repeated."""
     out = out_dir(cfg)
-    console = Console(stderr=True, highlight=False)
     started_s = time.monotonic()
-    _step(console, Step("source", (*source_args(cfg), f"out={out / 'source'}"), 20), left_s=680)
-    console.print(f"\n[bold]$ kiln serve source={out / 'source'} &[/]")
-    with serving(out / "source"):
-        todo = list(steps(cfg))
-        for number, step in enumerate(todo):
-            _step(console, step, left_s=sum(s.about_s for s in todo[number:]))
+    here = Here(out)
+    here.run("source", (*source_args(cfg), f"out={out / 'source'}"), left_s=680)
+    with here.meanwhile("serve", (f"source={out / 'source'}",)):
+        here.run_stages(stages_of(pipeline_of(cfg)), about_s=_ABOUT_S)
     minutes = (time.monotonic() - started_s) / 60
-    console.print(
+    here.console.print(
         f"\nDone in {minutes:.1f} minutes. The report: {(out / 'run/report.html').resolve()}"
     )
     return 0
@@ -112,50 +106,6 @@ def source_args(cfg: DemoConfig) -> tuple[str, ...]:
             "with captions in X.txt beside X.jpg, or in captions.csv."
         )
     return ("kind=folder", f"pictures={cfg.data}", f"num_pictures={cfg.num_pictures}")
-
-
-def _step(console: Console, step: Step, *, left_s: float) -> None:
-    line = " ".join(["kiln", step.command, *step.args])
-    console.print(f"\n[bold]$ {line}[/]   [dim]about {max(1, round(left_s / 60))} min left[/]")
-    process = _start(step)
-    code = _wait_passing_signals(process)
-    if code == 0:
-        return
-    if code in {128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM}:
-        raise KeyboardInterrupt
-    raise BadWorld(
-        f"`{line}` ended with code {code}; its message is above. What was finished stands: "
-        "the same command continues."
-    )
-
-
-def _start(step: Step) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(  # noqa: S603 - our own commands, no shell
-        [sys.executable, "-m", "trainer.cli", step.command, *step.args], start_new_session=True
-    )
-
-
-def _wait_passing_signals(process: subprocess.Popen[bytes]) -> int:
-    def forward(number: int, _frame: FrameType | None) -> None:
-        process.send_signal(number)
-
-    before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def serving(source: Path) -> Iterator[None]:
-    """Serve a source on loopback meanwhile."""
-    server = _start(Step("serve", (f"source={source}",), 0))
-    try:
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 def run(cfg: EvaluateConfig) -> int:
     """Evaluate what has no evaluation yet; print the scores."""
     run_dir = Path(cfg.run)
-    todo = [folder for folder in chosen(cfg) if cfg.again or not is_done(cfg, folder)]
+    todo = undone(cfg)
     if not todo and cfg.curves is None:
         log.info(
             "%s: nothing to do, %s has an evaluation of these settings; again=true makes it anew",
@@ -82,6 +82,11 @@ def run(cfg: EvaluateConfig) -> int:
     for evaluation in work.done:
         _print_scores(evaluation)
     return 0
+
+
+def undone(cfg: EvaluateConfig) -> list[Path]:
+    """List those of the chosen checkpoints that have no evaluation of these settings yet."""
+    return [folder for folder in chosen(cfg) if cfg.again or not is_done(cfg, folder)]
 
 
 def chosen(cfg: EvaluateConfig) -> list[Path]:

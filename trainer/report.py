@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from trainer.command import run_command
+from trainer.config_tools import ReportConfig
 from trainer.data.manifest import load_manifest
 from trainer.errors import BadInput
-from trainer.frozen import config
 from trainer.observe.report_page import render
 from trainer.observe.story import DatasetFacts, read_config, read_story
 from trainer.place import place
@@ -17,18 +17,6 @@ from trainer.place import place
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("kiln", "torch", "deepspeed", "diffusers", "transformers", "img2dataset", "numpy")
-
-
-@config
-class ReportConfig:
-    """Which run, and where the page goes."""
-
-    run: str
-    """Run directory, as `kiln train` wrote it."""
-    dataset: str | None
-    """Dataset folder; null: the one that the run's config.yaml names."""
-    output: str | None
-    """The page; null: report.html in the run directory."""
 
 
 def main(argv: Sequence[str]) -> int:

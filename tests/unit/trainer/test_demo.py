@@ -1,7 +1,8 @@
 from data_prep.scenes import is_held_out, parse
 from trainer.config import DemoConfig
-from trainer.demo import _WISHES, out_dir, steps
+from trainer.demo import _WISHES, out_dir, pipeline_of
 from trainer.frozen import compose
+from trainer.pipeline_stages import stages_of
 
 
 def test_the_wishes_of_the_demo_are_captions_that_training_never_sees():
@@ -9,8 +10,15 @@ def test_the_wishes_of_the_demo_are_captions_that_training_never_sees():
 
 
 def test_the_steps_are_the_commands_in_the_order_of_the_data():
-    names = [step.command for step in steps(compose(DemoConfig, "demo", []))]
-    assert names == ["prepare", "encode", "train", "evaluate", "sample", "report"]
+    stages = stages_of(pipeline_of(compose(DemoConfig, "demo", [])))
+    assert [stage.name for stage in stages] == [
+        "prepare",
+        "encode",
+        "train",
+        "evaluate",
+        "sample",
+        "report",
+    ]
 
 
 def test_everything_goes_to_a_folder_named_after_the_data():
