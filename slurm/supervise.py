@@ -55,16 +55,20 @@ class Charge:
 
     job: client.Queued
     folder: Path
-    spec: RunSpec
+    spec: RunSpec | None
+    """None of a job that trains nothing: preparing data, say."""
     attempts: Sequence[Attempt]
     """Of this job."""
 
     @property
-    def comes_back(self) -> bool:
-        """Whether its last attempt is over, and Slurm makes it wait before the next."""
-        return (
-            bool(self.attempts) and self.job.state == "PENDING" and self.job.reason == "BeginTime"
-        )
+    def is_held(self) -> bool:
+        """Whether Slurm makes it wait although there may be nodes."""
+        return self.job.state == "PENDING" and self.job.reason == "BeginTime"
+
+    @property
+    def waits_for_nodes(self) -> bool:
+        """Whether it would begin if there were nodes."""
+        return self.job.state == "PENDING" and self.job.reason in {"Resources", "Priority"}
 
     @property
     def will_come_back(self) -> bool:
@@ -82,32 +86,31 @@ class Change:
     words: str
 
 
-def restart(charge: Charge, leave_out: Sequence[str]) -> Change:
+def restart(spec: RunSpec | None, leave_out: Sequence[str]) -> Change:
     """Start a job that comes back now, with all its nodes, and without those."""
     fields = {"StartTime": f"now+{_CREDENTIAL_S}"}
-    if len(charge.spec.node_counts) > 1:
-        fields |= _size(charge.spec, charge.spec.node_counts[0])
-    words = "starts at once"
-    if leave_out:
+    if spec is not None:
         fields["ExcNodeList"] = ",".join(leave_out)
-        words += f" without {', '.join(leave_out)}"
-    return Change(fields, "lifted", words)
+        if len(spec.node_counts) > 1:
+            fields |= _size(spec, spec.node_counts[0])
+    without = f" without {', '.join(leave_out)}" if leave_out else ""
+    return Change(fields, "lifted", f"starts at once{without}")
 
 
-def shrink(charge: Charge, waited_s: float, num_idle: int) -> Change | None:
+def shrink(spec: RunSpec, wanted: int, waited_s: float, num_idle: int) -> Change | None:
     """Take fewer nodes for a job that has waited long enough; None to go on waiting.
 
     Args:
-        charge: A job that waits for nodes.
+        spec: Of the job.
+        wanted: Nodes that it waits for.
         waited_s: For how long.
         num_idle: Nodes that it could have now.
     """
-    wanted = int(charge.job.num_nodes)
-    fitting = [count for count in charge.spec.node_counts if count <= num_idle and count < wanted]
-    if not fitting or waited_s < charge.spec.shrink_after_s:
+    fitting = [count for count in spec.node_counts if count <= num_idle and count < wanted]
+    if not fitting or waited_s < spec.shrink_after_s:
         return None
     words = f"takes {fitting[0]} nodes instead of {wanted}, after {waited_s / 60:.0f} min"
-    return Change(_size(charge.spec, fitting[0]), "shrunk", words)
+    return Change(_size(spec, fitting[0]), "shrunk", words)
 
 
 def _size(spec: RunSpec, num_nodes: int) -> dict[str, str]:
@@ -131,12 +134,11 @@ class Supervisor:
         """Do what there is to do, and return the jobs that there are."""
         charges = list(self._charges(client.queue()))
         for charge in charges:
-            if charge.comes_back and not _is_lifted(charge.folder):
-                close_lost(charge.attempts)
-                self._do(charge, restart(charge, self._leave_out(charge)))
-            elif charge.job.state == "PENDING" and charge.job.reason in {"Resources", "Priority"}:
-                told = client.show_job(charge.job.job_id)
-                change = shrink(charge, _waited_s(told), num_nodes(told, "idle"))
+            if charge.is_held:
+                self._lift(charge)
+            elif charge.waits_for_nodes and charge.spec is not None:
+                told, wanted = client.show_job(charge.job.job_id), int(charge.job.num_nodes)
+                change = shrink(charge.spec, wanted, _waited_s(told), num_nodes(told, "idle"))
                 if change is not None:
                     self._do(charge, change)
         return charges
@@ -144,14 +146,21 @@ class Supervisor:
     def _charges(self, queue: Sequence[client.Queued]) -> Iterator[Charge]:
         for job in queue:
             folder = job.folder
-            if folder is None or not folder.is_relative_to(self._root):
-                continue
-            spec = read_spec(folder)
-            if spec is not None:
+            if folder is not None and folder.is_relative_to(self._root):
                 own = [each for each in read_attempts(folder) if each.begin.job_id == job.job_id]
-                yield Charge(job, folder, spec, own)
+                yield Charge(job, folder, read_spec(folder), own)
 
-    def _leave_out(self, charge: Charge) -> tuple[str, ...]:
+    def _lift(self, charge: Charge) -> None:
+        told = client.show_job(charge.job.job_id)
+        # That has never begun waits because somebody wants it to.
+        if told.get("Restarts", "0") == "0" or _is_lifted(charge):
+            return
+        close_lost(charge.attempts)
+        spec = charge.spec
+        leave_out = self._leave_out(spec, num_nodes(told, "all")) if spec else ()
+        self._do(charge, restart(spec, leave_out))
+
+    def _leave_out(self, spec: RunSpec, num_there: int) -> tuple[str, ...]:
         now_unix_s = time.time()
         suspicions = [
             Suspicion(node, attempt.end.unix_s, weight)
@@ -160,11 +169,9 @@ class Supervisor:
             if attempt.end is not None and now_unix_s - attempt.end.unix_s < _REMEMBERED_S
             for node, weight in attempt.end.suspects.items()
         ]
-        always = charge.spec.exclude
-        there = num_nodes(client.show_job(charge.job.job_id), "all")
-        spare = there - len(always) - charge.spec.node_counts[0]
-        suspects = [n for n in to_leave_out(suspicions, now_unix_s) if n not in always]
-        return (*always, *suspects[: max(0, spare)])
+        spare = num_there - len(spec.exclude) - spec.node_counts[0]
+        suspects = [n for n in to_leave_out(suspicions, now_unix_s) if n not in spec.exclude]
+        return (*spec.exclude, *suspects[: max(0, spare)])
 
     def _do(self, charge: Charge, change: Change) -> None:
         try:
@@ -177,10 +184,11 @@ class Supervisor:
         log.info("%s: job %s %s", charge.folder.name, charge.job.shown_id, change.words)
 
 
-def _is_lifted(folder: Path) -> bool:
+def _is_lifted(charge: Charge) -> bool:
     """Whether that was just done, and Slurm is about to start the job."""
-    rows = read_rows(folder / RECORD)
-    return bool(rows) and time.time() - rows[-1]["unix_s"] < _LIFTED_WITHIN_S
+    rows = read_rows(charge.folder / RECORD)
+    last_unix_s = max((r["unix_s"] for r in rows if r["job_id"] == charge.job.job_id), default=0.0)
+    return time.time() - last_unix_s < _LIFTED_WITHIN_S
 
 
 def num_nodes(job: Mapping[str, str], state: str) -> int:

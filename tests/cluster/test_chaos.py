@@ -1,19 +1,24 @@
 """One run on two nodes, through all that ends attempts, equals a run that nothing happened to."""
 
 import json
+import math
 import os
 import signal
 
 import psutil
 import pytest
+import torch
 
+from slurm import client
 from slurm.attempts import read_attempts
 from tests.cluster.jobs import shorten, state, supervised, wait_ended, wait_for
 from tests.cluster.test_signals import preempt
 from tests.cluster.training import launch, losses, newest_step, publish, words
 from trainer.cli import main
 from trainer.observe.jsonl import read_rows
+from trainer.runtime.checkpoint import read_record
 from trainer.runtime.rundir import complete
+from trainer.runtime.weights import read_weights
 
 pytestmark = pytest.mark.cluster
 
@@ -29,61 +34,63 @@ LONG = [
 
 def test_chaos(cluster, tmp_path, capsys):
     dataset = publish(tmp_path)
-    calm = tmp_path / "calm"
+    calm, run = tmp_path / "calm", tmp_path / "runs/stormy"
     assert main(["train", *words(dataset, calm, *LONG)]) == 0
-
-    runs = tmp_path / "runs"
-    run = runs / "stormy"
-    runs.mkdir()
-    with supervised(runs):
+    run.parent.mkdir()
+    with supervised(run.parent):
         assert launch(dataset, run, *LONG) == 0
-        job_id = json.loads((run / "jobs.jsonl").read_text())["job_id"]
-
-        def attempt_at(number: int, steps: int):
-            """Wait until an attempt has taken so many steps; return it."""
-
-            def there():
-                found = read_attempts(run)
-                if len(found) <= number:
-                    return None
-                began = found[number].begin.saved_step
-                own = [r for r in read_rows(run / "metrics.jsonl") if r.get("attempt") == number]
-                return found[number] if own and own[-1]["step"] >= began + steps else None
-
-            return wait_for(there, f"attempt {number}, {steps} steps on", 120)
-
-        attempt_at(0, 8)
-        preempt(cluster)
-        third = attempt_at(1, 8).begin.nodes[1]
-        cluster.kill_node(third)
-        attempt = attempt_at(2, 8)
-        assert third not in attempt.begin.nodes
-        os.kill(_pid_of_rank(run, 1), signal.SIGKILL)
-        drained = attempt_at(3, 8).begin.nodes[0]
-        cluster.start_node(third)
-        cluster.slurm("scontrol", "update", f"NodeName={drained}", "State=DRAIN", "Reason=dimm")
-        cluster.slurm("scontrol", "requeue", job_id)
-        attempt = attempt_at(4, 5)
-        assert drained not in attempt.begin.nodes
-        shorten(job_id)
-        wait_ended(run, 4, timeout_s=120)
-        client.update(job_id, TimeLimit="10")
-        attempt_at(5, 1)
-        wait_for(lambda: state(job_id) == "COMPLETED", "the end of the run", 120)
-
+        storm(cluster, run)
     causes = [attempt.end.cause for attempt in read_attempts(run)]
     assert causes == ["preempted", "lost", "crashed", "lost", "walltime", "finished"]
     assert newest_step(run) == STEPS
     assert losses(run) == losses(calm)
-    orders = []
-    for folder in (run, calm):
-        capsys.readouterr()
-        assert main(["order", f"run={folder}", f"steps=0:{STEPS}"]) == 0
-        orders.append(capsys.readouterr().out)
-    assert orders[0] == orders[1]
-    same = [complete(folder / "checkpoints")[-1] for folder in (run, calm)]
-    assert same[0].name == same[1].name
-    _no_orphan_wrote(run)
+    assert order(run, capsys) == order(calm, capsys)
+    names = [complete(folder / "checkpoints")[-1].name for folder in (run, calm)]
+    assert names == [f"step_{STEPS:08d}"] * 2
+    now, before = (read_weights(folder, "ema")[0] for folder in (run, calm))
+    assert all(torch.equal(weight, before[name]) for name, weight in now.items())
+    assert_no_orphan_wrote(run)
+
+
+def storm(cluster, run):
+    """Let everything happen to a run, once each, and wait until it is done all the same."""
+    job_id = json.loads((run / "jobs.jsonl").read_text())["job_id"]
+    wait_until(run, attempt=0, steps=8)
+    preempt(cluster)
+    dead = wait_until(run, attempt=1, steps=8).begin.nodes[1]
+    cluster.kill_node(dead)
+    assert dead not in wait_until(run, attempt=2, steps=8).begin.nodes
+    os.kill(_pid_of_rank(run, 1), signal.SIGKILL)
+    drained = wait_until(run, attempt=3, steps=8).begin.nodes[0]
+    cluster.start_node(dead)
+    cluster.slurm("scontrol", "update", f"NodeName={drained}", "State=DRAIN", "Reason=dimm")
+    cluster.slurm("scontrol", "requeue", job_id)
+    assert drained not in wait_until(run, attempt=4, steps=5).begin.nodes
+    shorten(job_id)
+    wait_ended(run, 4, timeout_s=120)
+    client.update(job_id, TimeLimit="10")
+    wait_for(lambda: state(job_id) == "COMPLETED", "the end of the run", 180)
+
+
+def wait_until(run, *, attempt: int, steps: int):
+    """Wait until an attempt has taken so many steps; return it."""
+
+    def there():
+        found = read_attempts(run)
+        if len(found) <= attempt:
+            return None
+        own = [row for row in read_rows(run / "metrics.jsonl") if row.get("attempt") == attempt]
+        goal = found[attempt].begin.saved_step + steps
+        return found[attempt] if own and own[-1]["step"] >= goal else None
+
+    return wait_for(there, f"attempt {attempt}, {steps} steps on", 120)
+
+
+def order(run, capsys) -> str:
+    """Return which samples each step took."""
+    capsys.readouterr()
+    assert main(["order", f"run={run}", f"steps=0:{STEPS}"]) == 0
+    return capsys.readouterr().out
 
 
 def _pid_of_rank(run, rank: int) -> int:
@@ -97,10 +104,10 @@ def _pid_of_rank(run, rank: int) -> int:
     return int(found)
 
 
-def _no_orphan_wrote(run) -> None:
+def assert_no_orphan_wrote(run):
+    """Rows of an attempt end before the next one begins."""
     begins = [attempt.begin.unix_s for attempt in read_attempts(run)]
-    for name in ("metrics.jsonl",):
-        for row in read_rows(run / name):
-            after = row["attempt"] + 1
-            if after < len(begins):
-                assert row["time_unix_s"] < begins[after], (name, row)
+    for row in read_rows(run / "metrics.jsonl"):
+        assert row["time_unix_s"] < [*begins, math.inf][row["attempt"] + 1], row
+    for folder in complete(run / "checkpoints"):
+        assert read_record(folder).attempt < len(begins)

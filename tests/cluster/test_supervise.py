@@ -82,7 +82,7 @@ def test_a_job_takes_fewer_nodes_when_it_has_waited_enough_and_all_again_later(c
 
 def test_one_folder_has_one_supervisor(cluster, tmp_path, capsys):
     with supervised(tmp_path):
-        wait_for(lambda: (tmp_path / ".supervise.lock").exists(), "the supervisor")
+        wait_for((tmp_path / ".supervise.lock").exists, "the supervisor")
         time.sleep(1)
         assert main(["supervise", str(tmp_path)]) == 2
         assert "is being supervised by process" in capsys.readouterr().err
