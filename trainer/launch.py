@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 _ROOT = Path(__file__).parents[1]
 _PACKAGES = ("trainer", "data_prep", "slurm", "conf")
 _RANK_ENV = {
-    **ALLOCATOR_ENV,
     "DEEPSPEED_TIMEOUT": "30",
     "NCCL_DEBUG": "WARN",
     "TORCH_FR_BUFFER_SIZE": "2000",
@@ -156,7 +155,11 @@ def jobs_of(cfg: TrainConfig, name: str) -> tuple[JobSpec, RunSpec]:
         worker=(*prefix, python, "-m", "trainer.worker", str(folder)),
         meet=(*prefix, python, "-m", "trainer.runtime.meet", cluster.device),
         srun=options,
-        env={**_RANK_ENV, "OMP_NUM_THREADS": str(cfg.engine.threads_per_rank)},
+        env={
+            **_RANK_ENV,
+            **(ALLOCATOR_ENV if cluster.device == "cpu" else {}),
+            "OMP_NUM_THREADS": str(cfg.engine.threads_per_rank),
+        },
         max_restarts=slurm.max_restarts,
         no_progress_attempts=slurm.no_progress_attempts,
         warn_before_kill_s=cluster.warn_before_kill_s,
