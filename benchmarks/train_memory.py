@@ -23,6 +23,8 @@ from trainer.runtime.signals import StopFlag
 
 MODEL = ("model.block_channels=[128,256,512]", "model.norm_groups=32")
 NUM_PARAMETERS = 64_548_356
+EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""glibc then gives every tensor back when it is freed, so that what is measured is what is held."""
 STEPS = 3
 WORLD = 2
 _MIB = 2**20
@@ -83,7 +85,7 @@ def memory(dataset: Path, folder: Path) -> tuple[list[Row], list[Claim]]:
                 [json.dumps({"words": told, "out": str(out)})],
                 num_ranks=WORLD,
                 log_dir=Path(scratch),
-                env={"OMP_NUM_THREADS": "1"},
+                env={"OMP_NUM_THREADS": "1", **EXACT_MALLOC},
             )
             found = json.loads(out.read_text(encoding="utf-8"))
         planned = planned_mib(make_plan(compose(TrainConfig, "train", told)))

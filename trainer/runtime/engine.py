@@ -55,7 +55,8 @@ def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
         # DeepSpeed's own limits, 10^9 weights, would keep most networks gathered as a whole.
         live = cfg.num_parameters // LIVE_PART
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
-        zero["stage3_prefetch_bucket_size"] = min(live, MAX_BUCKET_NUMBERS)
+        bucket = min(live, MAX_BUCKET_NUMBERS)
+        zero["stage3_prefetch_bucket_size"] = zero["reduce_bucket_size"] = bucket
     zero["contiguous_gradients"] = not adds_in_place(cfg)
     half = engine.precision != "fp32"
     return {
