@@ -94,21 +94,27 @@ def end_attempt(attempt: Attempt, end: End) -> None:
 
 def read_attempts(run: Path) -> list[Attempt]:
     """Read all attempts that a job made, oldest first."""
-    found = []
-    for folder in sorted((run / "attempts").glob("[0-9]*"), key=lambda path: int(path.name)):
-        begin = read_json(folder / BEGIN)
-        if begin is None:
-            continue
-        end = read_json(folder / END)
-        found.append(
-            Attempt(
-                number=int(folder.name),
-                folder=folder,
-                begin=Begin(**{**begin, "nodes": tuple(begin["nodes"])}),
-                end=End(**end) if end else None,
-            )
-        )
-    return found
+    found = map(read_attempt, attempt_folders(run))
+    return [attempt for attempt in found if attempt is not None]
+
+
+def attempt_folders(run: Path) -> list[Path]:
+    """List the folders of a run's attempts, oldest first."""
+    return sorted((run / "attempts").glob("[0-9]*"), key=lambda path: int(path.name))
+
+
+def read_attempt(folder: Path) -> Attempt | None:
+    """Read one attempt; None when no job made it, or it has not begun yet."""
+    begin = read_json(folder / BEGIN)
+    if begin is None:
+        return None
+    end = read_json(folder / END)
+    return Attempt(
+        number=int(folder.name),
+        folder=folder,
+        begin=Begin(**{**begin, "nodes": tuple(begin["nodes"])}),
+        end=End(**end) if end else None,
+    )
 
 
 def gives_up(

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.runfile import nth_run
+
 COMMENT = "kiln:"
 """Jobs of Kiln have this and their folder as comment; that is how its commands find them."""
 
 _TIMEOUT_S = 60
 # One letter for each field of Queued, behind a character that none of them holds.
 _QUEUE_FORMAT = "\x1f".join(("%i", "%A", "%T", "%r", "%k", "%N", "%S", "%D", "%E", "%L", "%j"))
+
+
+_OF_SWEEP = re.compile(r"(.+)/\+(\d+)")
 
 
 class SlurmError(RuntimeError):
@@ -47,10 +52,25 @@ class Queued:
 
     @property
     def folder(self) -> Path | None:
-        """The folder of Kiln's that it works for."""
+        """The folder of Kiln's that it works for; a task of a sweep works for that of its run."""
         if not self.comment.startswith(COMMENT):
             return None
-        return Path(self.comment.removeprefix(COMMENT))
+        told = self.comment.removeprefix(COMMENT)
+        sweep, task = _OF_SWEEP.fullmatch(told), self.shown_id.partition("_")[2]
+        if sweep is None:
+            return Path(told)
+        folder = Path(sweep.group(1))
+        return nth_run(folder, int(sweep.group(2)) + int(task)) if task.isdigit() else folder
+
+    @property
+    def array(self) -> str:
+        """Number of the array that it is a task of, or its own."""
+        return self.shown_id.partition("_")[0]
+
+
+def sweep_comment(folder: Path, first: int) -> str:
+    """Return the comment of an array that works for the runs of a sweep, from this one on."""
+    return f"{COMMENT}{folder}/+{first}"
 
 
 def run(*command: str, stdin: str | None = None) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from shlex import quote
 
 from slurm.spec import JobSpec
+from slurm.words import spans
 
 
 def sbatch_script(job: JobSpec) -> str:
@@ -66,10 +67,4 @@ def _environment(job: JobSpec) -> Iterator[str]:
 
 def ranges(numbers: Sequence[int]) -> str:
     """Write numbers as sbatch's --array takes them: 0-3,7."""
-    spans: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans(numbers))

@@ -18,6 +18,10 @@ SPEC = "job.json"
 """What the batch script needs to know."""
 STOP = "stop.json"
 """`kiln stop` asks the attempt that is going on to be the last one."""
+PLAN = "plan.json"
+"""What the run takes, as it was planned last."""
+EVENTS = "pipeline/events.jsonl"
+"""What was found and done between the stages of a pipeline."""
 SAVED = "saved.json"
 """Step and images of the newest checkpoint; the run itself writes it."""
 
@@ -58,6 +62,11 @@ def run_folders(root: Path, *, depth: int = 3) -> Iterator[Path]:
         for folder in sorted(path for path in root.iterdir() if path.is_dir()):
             if not folder.name.startswith(".") and folder.name != CODE:
                 yield from run_folders(folder, depth=depth - 1)
+
+
+def nth_run(sweep: Path, number: int) -> Path:
+    """Return the folder of one run of a sweep."""
+    return sweep / f"{number:03d}"
 
 
 def write_spec(run: Path, spec: RunSpec) -> None:
