@@ -5,7 +5,6 @@ from pathlib import Path
 
 from slurm.attempts import End, attempt_folders, read_attempt
 from slurm.runfile import saved_step
-from trainer.observe.evaluations import METRICS
 from trainer.observe.tail import Span, spans
 from trainer.runtime.ending import cause, read_failures, read_stuck
 
@@ -54,7 +53,7 @@ def read_history(run: Path, *, goes_on: bool) -> list[Chapter]:
         run: Its folder.
         goes_on: The newest of them is not over, or that is not known.
     """
-    stepped = spans(run / METRICS)
+    stepped = spans(run)
     found = [_chapter(folder, stepped.get(int(folder.name))) for folder in attempt_folders(run)]
     # Where each was gone on from.
     after = [each.from_step for each in found[1:]]

@@ -84,6 +84,8 @@ def says(seen: Seen, word: Word) -> str:
     job, newest, told = seen.training, seen.newest, []
     if job is not None and job.state == "PENDING":
         told.append(wait_words(job, word.places.get(job.array)))
+        if newest is not None and newest.end is None:
+            told.append(f"attempt {newest.number} was lost")
     elif job is not None:
         told.append(f"on {job.nodes}" if seen.speed else f"starting on {job.nodes}")
     elif newest is not None and newest.end is None and word.problem is None:

@@ -1,7 +1,7 @@
 """Where the logs of a run are: of its ranks, by attempt, and of its jobs' scripts."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from slurm.attempts import Attempt, attempt_folders, read_attempt
 from slurm.config import LogsConfig
@@ -13,16 +13,7 @@ from trainer.observe.jsonl import read_rows
 _CHUNK_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a log is to be found now."""
-
-    path: Path
-    folder: Path | None
-    """Of its attempt; None before the first one."""
-
-
-def find(run: Path, cfg: LogsConfig) -> Source | None:
+def find(run: Path, cfg: LogsConfig) -> Path | None:
     """Return the log that is asked for; None when it is not there yet, but may come.
 
     Raises:
@@ -31,16 +22,16 @@ def find(run: Path, cfg: LogsConfig) -> Source | None:
     folder = attempt_folder(run, cfg.attempt)
     if folder is None:
         found = scripts(run)
-        return Source(found[-1], None) if found and cfg.rank in {None, "batch"} else None
+        return found[-1] if found and cfg.rank in {None, "batch"} else None
     attempt = read_attempt(folder)
     script = run / "attempts" / f"slurm_{attempt.begin.job_id}.log" if attempt else None
     if cfg.rank != "batch":
         path = folder / f"rank_{cfg.rank or 0:05d}.log"
         if path.exists():
-            return Source(path, folder)
+            return path
         _check_rank(run, folder, attempt, cfg.rank)
     if cfg.rank in {None, "batch"} and script is not None and script.exists():
-        return Source(script, folder)
+        return script
     return None
 
 
@@ -66,28 +57,28 @@ def scripts(run: Path) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def _check_rank(run: Path, folder: Path, attempt: Attempt | None, rank: object) -> None:
+def _check_rank(
+    run: Path, folder: Path, attempt: Attempt | None, rank: int | Literal["batch"] | None
+) -> None:
     """Refuse a rank whose log can never be there."""
-    there = sorted(int(path.stem.removeprefix("rank_")) for path in folder.glob("rank_*.log"))
-    if attempt is None and rank in {None, 0, "batch"}:
-        others = f" Of the others give --rank: {ranges(there)}." if there else ""
-        raise BadInput(
-            f"attempt {int(folder.name)} of {run} is of `kiln train`, whose rank 0 wrote to the "
-            f"terminal.{others}"
-        )
-    spec = read_spec(run)
-    if isinstance(rank, int) and attempt is not None and spec is not None:
+    spec, number = read_spec(run), int(folder.name)
+    if attempt is not None and spec is not None and isinstance(rank, int):
         num_ranks = spec.ranks_per_node * len(attempt.begin.nodes)
         if rank >= num_ranks:
             raise BadInput(
-                f"attempt {attempt.number} of {run} has no rank {rank}. It has {num_ranks} ranks, "
-                f"0 to {num_ranks - 1}."
+                f"attempt {number} of {run} has no rank {rank}. It has {num_ranks} ranks, 0 to "
+                f"{num_ranks - 1}."
             )
-    if attempt is None and there:
+    if attempt is not None or spec is not None:  # a job's, which has just begun
+        return
+    there = sorted(int(path.stem.removeprefix("rank_")) for path in folder.glob("rank_*.log"))
+    others = f" Of the others give --rank: {ranges(there)}." if there else ""
+    if rank in {None, 0}:
         raise BadInput(
-            f"attempt {int(folder.name)} of {run} has no log of rank {rank}. There are those of "
-            f"{ranges(there)}."
+            f"attempt {number} of {run} is of `kiln train`, whose rank 0 wrote to the terminal."
+            f"{others}"
         )
+    raise BadInput(f"attempt {number} of {run} has no log of rank {rank}.{others}")
 
 
 def start_of_last(path: Path, lines: int | None) -> int:

@@ -15,6 +15,7 @@ from slurm import client
 from slurm.attempts import FINAL, attempt_folders, read_attempt
 from slurm.config import LogsConfig
 from slurm.log_files import attempt_folder, find, scripts, start_of_last
+from slurm.runfile import read_spec
 from slurm.seen import is_trained, run_folder
 from trainer.command import run_command
 from trainer.errors import BadInput
@@ -62,15 +63,15 @@ class Follower:
 
     def show(self) -> bool:
         """Print what is new, and say whether anything was."""
-        source = find(self._run, self._cfg)
-        if source is None:
+        path = find(self._run, self._cfg)
+        if path is None:
             return False
         is_new = self._drain()
-        if source.path != self._current:
-            log.info("==> %s", source.path)
+        if path != self._current:
+            log.info("==> %s", path)
             if self._current is None:
-                self._offsets[source.path] = start_of_last(source.path, self._cfg.lines)
-            self._current = source.path
+                self._offsets[path] = start_of_last(path, self._cfg.lines)
+            self._current = path
             is_new = self._drain() or is_new
         return is_new
 
@@ -91,7 +92,7 @@ class Follower:
         """Whether nothing more can come."""
         folder = attempt_folder(self._run, self._cfg.attempt)
         attempt = read_attempt(folder) if folder else None
-        if folder is not None and attempt is None:
+        if folder is not None and attempt is None and read_spec(self._run) is None:
             return not is_trained(self._run)
         end = attempt.end if attempt else None
         if end is not None and (end.cause in FINAL or self._cfg.attempt is not None):

@@ -1,6 +1,5 @@
 """What is known of runs: the word of their files, and Slurm's, which is asked once for all."""
 
-import fcntl
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,12 +13,15 @@ from slurm.history import error_in
 from slurm.places import Place, ask_places, waits_for_nodes
 from slurm.runfile import EVENTS, PLAN, read_json, run_folders
 from trainer.errors import BadInput
-from trainer.observe.evaluations import METRICS
+from trainer.observe.evaluations import is_held
 from trainer.observe.jsonl import read_rows
 from trainer.observe.tail import Row, newest_row
 
 TRAIN = "train"
-_STAGE = re.compile(r"-((prepare|dedup|encode|evaluate|sample|export|report|train)(-coordinator)?)")
+_STAGE = re.compile(
+    r"-((prepare|dedup|encode|train|evaluate|sample|export|report)(-coordinator)?)$"
+)
+"""How names of a pipeline's jobs end, but for that of its training."""
 _NO_PLACES: Mapping[str, Place] = {}
 
 
@@ -54,7 +56,7 @@ class Seen:
     @property
     def is_local(self) -> bool:
         """Whether `kiln train` started its newest attempt, not a job."""
-        return self.num_attempts > 0 and self.newest is None
+        return self.num_attempts > 0 and self.newest is None and not self.jobs
 
     @property
     def last_end(self) -> tuple[int, End] | None:
@@ -115,7 +117,7 @@ def look(folder: Path, jobs: Sequence[Queued]) -> Seen:
     newest = read_attempt(attempts[-1]) if attempts else None
     before = read_attempt(attempts[-2]) if len(attempts) > 1 else None
     plan, events = read_json(folder / PLAN), read_rows(folder / EVENTS)
-    is_local = bool(attempts) and newest is None
+    is_local = bool(attempts) and newest is None and not jobs
     trained = is_local and is_trained(folder)
     return Seen(
         folder=folder,
@@ -123,7 +125,7 @@ def look(folder: Path, jobs: Sequence[Queued]) -> Seen:
         num_attempts=len(attempts),
         newest=newest,
         before=before.end if before else None,
-        row=newest_row(folder / METRICS),
+        row=newest_row(folder),
         total_steps=plan["total_steps"] if plan else None,
         is_trained=trained,
         error=error_in(attempts[-1]) if is_local and not trained else None,
@@ -151,21 +153,17 @@ def goes_on(seen: Seen, word: Word) -> bool | None:
 
 
 def stage_of(job: Queued, folder: Path) -> str:
-    """Return which stage a job is of; a job by itself is a training."""
-    match = _STAGE.search(job.job_name.removeprefix(folder.name))
-    return match.group(1) if match and job.job_name != folder.name else TRAIN
+    """Return which stage of a pipeline a job is of; a job by itself, or of a sweep, trains."""
+    match = _STAGE.search(job.job_name)
+    if match is None or job.job_name in {folder.name, folder.parent.name}:
+        return TRAIN
+    return match.group(1)
 
 
 def is_trained(run: Path) -> bool:
     """Whether `kiln train` works on a run, here or on another machine that writes its metrics."""
-    try:
-        with (run / METRICS).open("rb") as file:
-            # Whoever begins to write meanwhile tries again for a second.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if is_held(run):
         return True
-    except OSError:  # not there yet, or Lustre without -o flock
-        pass
     with suppress(OSError):
         pid = (run / ".lock").read_text(encoding="utf-8")
         return pid.isdigit() and b"train" in Path(f"/proc/{pid}/cmdline").read_bytes()

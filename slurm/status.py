@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import astuple, fields
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -19,13 +19,11 @@ from slurm.history import Chapter, read_history
 from slurm.lines import Line, lines
 from slurm.runfile import saved_step
 from slurm.seen import Seen, Word, ask, goes_on, look, look_below
-from slurm.words import clock, short
+from slurm.words import clock, open_console, short
 from trainer.command import run_command
 from trainer.errors import BadInput
 from trainer.observe.progress import in_words
 
-_WIDE = 250
-"""Columns where nobody's terminal says how many there are."""
 _COLORS = {"running": "green", "training": "green", "finished": "green", "pending": "yellow"}
 _BAD = {"crashed", "stuck", "bad_node", "lost", "refused", "gave_up"}
 
@@ -115,9 +113,7 @@ def run(cfg: StatusConfig) -> int:
             f"root={cfg.root} is not there. Give the folder that `kiln launch` or `kiln train` "
             "works in, or one run."
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDE)
+    console = open_console()
     if cfg.watch_s is None:
         console.print(_show(cfg))
         return 0

@@ -49,6 +49,10 @@ COMMANDS = {
         "from URLs to an evaluated model: all stages, here or as Slurm jobs",
     ),
     "launch": ("trainer.launch", "submit a training run to Slurm, frozen; again: continue it"),
+    "status": ("slurm.status", "what becomes of all runs, or of one: job, step, speed, time left"),
+    "logs": ("slurm.logs", "print a rank's log, or the job's; -f follows it over restarts"),
+    "explain": ("slurm.explain", "what happened to a run, attempt by attempt, and what comes next"),
+    "stop": ("slurm.stop", "save and end a run, a sweep or a pipeline"),
     "supervise": ("slurm.supervise", "keep jobs alive: restart at once, without bad nodes"),
 }
 EXIT_INTERRUPTED = 130

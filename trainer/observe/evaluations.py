@@ -127,6 +127,19 @@ def hold_metrics(run: Path) -> BinaryIO | None:
     return None
 
 
+def is_held(run: Path) -> bool:
+    """Whether a process is the writer of metrics.jsonl, as training is; False without locks."""
+    try:
+        with (run / METRICS).open("rb") as file:
+            # Whoever wants to become the writer meanwhile tries again for a second.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def merge(run: Path) -> list[dict[str, Any]] | None:
     """Append the rows of finished evaluations to metrics.jsonl, unless a training run writes it.
 

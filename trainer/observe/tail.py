@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.observe.evaluations import is_evaluation
+from trainer.observe.evaluations import METRICS, is_evaluation
 
 Row = Mapping[str, Any]
 
@@ -21,23 +21,23 @@ class Span:
     last: Row
 
 
-def newest_row(path: Path) -> Row | None:
+def newest_row(run: Path) -> Row | None:
     """Return the newest row of training; None when there is none, or no file."""
     try:
-        with path.open("rb") as file:
+        with (run / METRICS).open("rb") as file:
             return _last_before(file, _size_bytes(file))
     except FileNotFoundError:
         return None
 
 
-def spans(path: Path) -> dict[int, Span]:
+def spans(run: Path) -> dict[int, Span]:
     """Return the first and the last row of each attempt's training, by attempt.
 
     Attempts never fall along the file, so that where one ends is searched by halving.
     """
     found: dict[int, Span] = {}
     try:
-        with path.open("rb") as file:
+        with (run / METRICS).open("rb") as file:
             size_bytes, start = _size_bytes(file), 0
             while (first := _first_from(file, start)) is not None:
                 attempt = first[0]["attempt"]

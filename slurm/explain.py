@@ -1,0 +1,88 @@
+"""Tell what happened to a run, attempt by attempt, and what will or has to be done next."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import yaml
+from rich.table import Table
+from rich.text import Text
+
+from slurm import client
+from slurm.attempts import Attempt
+from slurm.config import ExplainConfig
+from slurm.history import read_history
+from slurm.lost import node_states, why_lost
+from slurm.runfile import JOBS, saved_step
+from slurm.seen import TRAIN, ask, goes_on, look, run_folder
+from slurm.sentences import Facts, ahead, happened
+from slurm.supervise import RECORD
+from slurm.words import clock, open_console
+from trainer.command import run_command
+from trainer.observe.jsonl import read_rows
+
+
+def gather(run: Path, name: str) -> Facts:
+    """Read a run's files, and ask Slurm about its job and its nodes.
+
+    Args:
+        run: Its folder, in full.
+        name: As the user gave it.
+    """
+    word = ask()
+    seen = look(run, word.jobs.get(run, ()))
+    going_on = goes_on(seen, word)
+    submitted = [row for row in read_rows(run / JOBS) if row.get("stage", TRAIN) == TRAIN]
+    is_lost = going_on is False and seen.newest is not None and seen.newest.end is None
+    return Facts(
+        name=name,
+        seen=seen,
+        word=word,
+        chapters=read_history(run, goes_on=going_on is not False),
+        goes_on=going_on,
+        submitted=submitted,
+        supervised=read_rows(run / RECORD),
+        is_every_step_logged=_logs_every_step(run),
+        saved_step=saved_step(run),
+        lost_why=_why_lost(seen.newest) if is_lost and seen.newest else "",
+        job_state=_job_state(submitted[-1]["job_id"]) if submitted and not seen.jobs else "",
+    )
+
+
+def _logs_every_step(run: Path) -> bool:
+    file = run / "config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return bool(config.get("logging", {}).get("every_steps") == 1)
+
+
+def _why_lost(attempt: Attempt) -> str:
+    try:
+        return why_lost(attempt, node_states(attempt.begin.nodes)).why
+    except client.SlurmError as error:
+        return f"its batch script ended without a word ({error})"
+
+
+def _job_state(job_id: str) -> str:
+    """Ask for a job that is no longer in the queue; Slurm forgets it after some minutes."""
+    with suppress(client.SlurmError):
+        return client.show_job(job_id).get("JobState", "").lower()
+    return ""
+
+
+def run(cfg: ExplainConfig) -> int:
+    """Print the sentences."""
+    facts = gather(run_folder(cfg.run), str(cfg.run))
+    shown = Table(box=None, show_header=False, pad_edge=False)
+    shown.add_column(no_wrap=True, style="dim")
+    shown.add_column(overflow="fold")
+    for unix_s, sentence in happened(facts):
+        shown.add_row(clock(unix_s), Text(sentence))
+    for sentence in ahead(facts):
+        shown.add_row("now", Text(sentence))
+    open_console().print(shown)
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """`kiln explain RUN`."""
+    return run_command(run, ExplainConfig, "explain", argv, positional="run")
