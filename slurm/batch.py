@@ -123,7 +123,7 @@ class Batch:
         ended = self._srun(spec.ranks_per_node, spec.srun, spec.worker, log="rank")
         job: dict[str, str] = {}
         with suppress(client.SlurmError):
-            job = client.show_job(self._job_id)
+            job = client.show_job(self._name)
         first = cause(read_failures(folder).values())
         return judge(
             Evidence(
@@ -209,7 +209,7 @@ class Batch:
     def _is_left_behind(self) -> bool:
         """Whether the job was restarted meanwhile: then its files are another attempt's."""
         try:
-            job = client.show_job(self._job_id)
+            job = client.show_job(self._name)
         except client.SlurmError:
             return False
         return job.get("Restarts", self._restarts) != self._restarts

@@ -48,7 +48,10 @@ COMMANDS = {
         "trainer.pipeline",
         "from URLs to an evaluated model: all stages, here or as Slurm jobs",
     ),
-    "launch": ("trainer.launch", "submit a training run to Slurm, frozen; again: continue it"),
+    "launch": (
+        "trainer.launch_sweep",
+        "submit a training run to Slurm, frozen; again: continue it; -m: a sweep",
+    ),
     "status": ("slurm.status", "what becomes of all runs, or of one: job, step, speed, time left"),
     "logs": ("slurm.logs", "print a rank's log, or the job's; -f follows it over restarts"),
     "explain": ("slurm.explain", "what happened to a run, attempt by attempt, and what comes next"),

@@ -333,6 +333,8 @@ class LaunchConfig(TrainConfig):
     """Of the run and of its job."""
     dry_run: bool
     """Print what would be submitted, and touch nothing."""
+    at_once: PositiveInt | None
+    """Of a sweep: most of its runs that are trained at the same time; null is no limit."""
 
 
 @config

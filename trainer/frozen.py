@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -67,6 +69,36 @@ def compose_dict(
         return _to_plain(composed, require_all=require_all)
     except HydraException as error:
         raise BadInput(_explain_hydra(error, primary)) from error
+
+
+def expand(words: Sequence[str], primary: str) -> tuple[list[str], list[list[str]]]:
+    """Split words that give several values, in Hydra's grammar: seed=0,1,2 or width=range(8,65,8).
+
+    Returns:
+        The words that give one value, and for each combination of the others its words.
+
+    Raises:
+        BadInput: A word cannot be read, or its values cannot be counted.
+    """
+    GlobalHydra.instance().clear()
+    fixed: list[str] = []
+    choices: dict[str, list[str]] = {}
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()  # knows what glob(*) may mean
+            parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(words))
+            for word, override in zip(words, parsed, strict=True):
+                if not override.is_sweep_override():
+                    fixed.append(word)
+                elif not override.is_discrete_sweep():
+                    raise BadInput(f"{word} has no end of values. Give them: a,b,c or range(1,4).")
+                else:
+                    key = override.get_key_element()
+                    values = override.sweep_string_iterator()
+                    choices[key] = [f"{key}={value}" for value in values]
+    except HydraException as error:
+        raise BadInput(_explain_hydra(error, primary)) from error
+    return fixed, [list(combination) for combination in itertools.product(*choices.values())]
 
 
 def freeze(cls: type[T], data: Mapping[str, Any]) -> T:

@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import distributions
 from pathlib import Path
 
 from slurm import client
 from slurm.render import sbatch_script
-from slurm.runfile import JOBS, SCRIPT, append_row, read_json, write_spec
+from slurm.runfile import CODE, JOBS, PLAN, SCRIPT, append_row, read_json, write_json, write_spec
 from slurm.site import advice
 from slurm.spec import Checks, JobSpec, RunSpec, Site
 from trainer.command import run_command
@@ -41,16 +41,14 @@ _MB_PER_GIB = 2**30 / 1e6
 
 def run(cfg: LaunchConfig) -> int:
     """Freeze the run and submit it, unless it is in the queue or done; or print what would be."""
-    fields = thaw(cfg)
-    del fields["name"], fields["dry_run"]
-    train = freeze(TrainConfig, fields | {"run": str(Path(cfg.run).resolve())})
+    if cfg.at_once is not None:
+        raise BadInput(f"at_once={cfg.at_once} is for sweeps. Add -m, or leave it out.")
+    train = train_config(cfg, Path(cfg.run).resolve())
     job, spec = jobs_of(train, cfg.name)
     if cfg.dry_run:
         sys.stdout.write(f"# sbatch {train.run}/{SCRIPT}\n{sbatch_script(job)}")
         return 0
-    for where in dataset_places(train.data):
-        with storage(where):
-            find_datasets(train)
+    check_datasets(train)
     folder = Path(train.run)
     with locked(folder, ".launch.lock", doing="launched"):
         if is_done(folder, train) or is_queued(folder):
@@ -60,6 +58,14 @@ def run(cfg: LaunchConfig) -> int:
         append_row(folder / JOBS, {"job_id": job_id, "unix_s": time.time()})
     log.info("%s: submitted as job %s. What becomes of it: kiln status", folder, job_id)
     return 0
+
+
+def train_config(cfg: LaunchConfig, folder: Path) -> TrainConfig:
+    """Return the run that is launched, in a folder."""
+    fields = thaw(cfg)
+    for name in ("name", "dry_run", "at_once"):
+        del fields[name]
+    return freeze(TrainConfig, fields | {"run": str(folder)})
 
 
 def is_queued(folder: Path) -> bool:
@@ -80,13 +86,28 @@ def is_done(folder: Path, cfg: TrainConfig) -> bool:
     return True
 
 
+def check_datasets(cfg: TrainConfig) -> None:
+    """Refuse data that is not there."""
+    for where in dataset_places(cfg.data):
+        with storage(where):
+            find_datasets(cfg)
+
+
 def freeze_run(folder: Path, cfg: TrainConfig, job: JobSpec, spec: RunSpec) -> None:
     """Write everything that the job will read; edits of the repository do not reach it."""
-    freeze_config(folder, cfg)
-    (folder / "attempts").mkdir(exist_ok=True)
+    freeze_task(folder, cfg, spec)
     snapshot(folder)
-    write_spec(folder, spec)
     (folder / SCRIPT).write_text(sbatch_script(job), encoding="utf-8")
+
+
+def freeze_task(folder: Path, cfg: TrainConfig, spec: RunSpec) -> None:
+    """Write what the batch script and the ranks of a run will read, but for the code."""
+    freeze_config(folder, cfg)
+    saved = read_json(folder / SAVED) or {"step": 0, "images_seen": 0}
+    plan = make_plan(cfg, step=saved["step"], images_seen=saved["images_seen"])
+    write_json(folder / PLAN, asdict(plan))
+    (folder / "attempts").mkdir(exist_ok=True)
+    write_spec(folder, spec)
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> str:
@@ -110,8 +131,13 @@ def slurm_errors() -> Iterator[None]:
         raise BadWorld(str(error)) from error
 
 
-def jobs_of(cfg: TrainConfig, name: str) -> tuple[JobSpec, RunSpec]:
+def jobs_of(cfg: TrainConfig, name: str, *, home: Path | None = None) -> tuple[JobSpec, RunSpec]:
     """Translate a run into its job, and into what the job's batch script needs.
+
+    Args:
+        cfg: The run.
+        name: Of the job.
+        home: The folder that has the code, and the run in it; by default the run's own.
 
     Raises:
         BadInput: It cannot be a Slurm job, with what to change.
@@ -141,12 +167,12 @@ def jobs_of(cfg: TrainConfig, name: str) -> tuple[JobSpec, RunSpec]:
             stop_signal=slurm.stop_signal,
             warns="tasks",
             site=site_of(slurm),
-            code=folder / "code",
+            code=(home or folder) / CODE,
             command=(sys.executable, "-m", "slurm.batch", str(folder)),
         )
     except ValueError as error:
         raise BadInput(f"cluster: {error}") from error
-    options, prefix, python = _inside(slurm.container, folder)
+    options, prefix, python = _inside(slurm.container, home or folder)
     spec = RunSpec(
         ranks_per_node=cluster.ranks_per_node,
         cores_per_rank=job.cpus_per_task,
@@ -240,7 +266,7 @@ def _checks(slurm: SlurmConfig, gpus: int) -> Checks | None:
 
 def snapshot(folder: Path) -> None:
     """Copy Kiln's packages into a folder, and list the versions of all others."""
-    code = folder / "code"
+    code = folder / CODE
     if code.exists():
         return
     partial = folder / ".code.partial"
