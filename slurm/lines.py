@@ -112,11 +112,12 @@ def wait_words(job: Queued, place: Place | None) -> str:
         never = " and never begins" if job.reason == "DependencyNeverSatisfied" else ""
         return f"waits for job {', '.join(after) or job.dependency}{never}"
     if job.reason.startswith("JobHeld"):
-        return f"held; `scontrol release {job.shown_id}` lets it go"
+        return f"is held; `scontrol release {job.shown_id}` lets it go"
     if job.reason == "BeginTime":
         until = f" until {clock(start_unix_s)}" if start_unix_s else ""
-        return f"held by Slurm after its last end{until}; `kiln supervise` lifts that"
-    told = ["waits for nodes" if job.reason in {"Resources", "Priority", "None"} else job.reason]
+        return f"is held by Slurm after its last end{until}; `kiln supervise` lifts that"
+    is_in_line = job.reason in {"Resources", "Priority", "None"}
+    told = [f"waits for {'nodes' if is_in_line else job.reason}"]
     if place is not None:
         told.append(f"{place.position} of {place.of} in {place.partition}")
     if start_unix_s is not None:

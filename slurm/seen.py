@@ -68,11 +68,13 @@ class Seen:
     @property
     def step(self) -> int:
         """The step that it has reached, or goes on from."""
-        began = self.newest.begin.saved_step if self.newest else 0
-        if self.row is None:
-            return began
-        is_stepping = self.newest is None or self.row["attempt"] == self.newest.number
-        return int(self.row["step"]) if is_stepping else began
+        saved = 0
+        if self.newest is not None:
+            end = self.newest.end
+            saved = max(self.newest.begin.saved_step, end.saved_step if end else 0)
+        if self.row is None or (self.newest and self.row["attempt"] != self.newest.number):
+            return saved
+        return max(saved, int(self.row["step"]))
 
     @property
     def speed(self) -> Row | None:

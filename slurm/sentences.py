@@ -60,7 +60,7 @@ class Facts:
 def happened(facts: Facts) -> list[Event]:
     """Tell what happened, oldest first."""
     events = [*_submissions(facts), *_changes(facts)]
-    for chapter, following in zip(facts.chapters, [*facts.chapters[1:], None], strict=True):
+    for chapter, following in zip(facts.chapters, [*facts.chapters, None][1:], strict=True):
         is_going_on = following is None and facts.goes_on is not False
         if chapter.began_unix_s is not None and not is_going_on:
             events.append((chapter.began_unix_s, _chapter(chapter, following, facts)))
@@ -70,7 +70,7 @@ def happened(facts: Facts) -> list[Event]:
 def _submissions(facts: Facts) -> Iterator[Event]:
     began = [each.began_unix_s for each in facts.chapters if each.began_unix_s is not None]
     times = [row["unix_s"] for row in facts.submitted]
-    for row, until in zip(facts.submitted, [*times[1:], math.inf], strict=True):
+    for row, until in zip(facts.submitted, [*times, math.inf][1:], strict=True):
         first = min((unix_s for unix_s in began if row["unix_s"] <= unix_s < until), default=None)
         waited = ""
         if first is not None:
@@ -129,7 +129,7 @@ def lost(chapter: Chapter, *, is_exact: bool) -> list[str]:
     steps = chapter.lost_steps
     if steps:
         least = "" if is_exact else "at least "
-        return [f"{least}{steps:,} step{'s' if steps > 1 else ''} lost"]
+        return [f"{least}{steps:,} step{'s' * (steps > 1)} lost"]
     is_death = chapter.end is None or chapter.end.cause in {"crashed", "stuck", "lost"}
     return ["no logged step lost"] if is_death and chapter.reached_step else []
 
@@ -147,8 +147,9 @@ def restarted(chapter: Chapter, following: Chapter, supervised: Sequence[Mapping
     suspects = chapter.end.suspects if chapter.end else {}
     left_out = short(set(suspects) - set(following.nodes))
     without = f" without {left_out}" if left_out else ""
-    fewer = len(following.nodes) - len(chapter.nodes)
-    resized = f" on {len(following.nodes)} nodes" if fewer else ""
+    num_nodes = len(following.nodes)
+    resized = f" on {num_nodes} node{'s' * (num_nodes > 1)}"
+    resized = resized if num_nodes != len(chapter.nodes) else ""
     lifted = any(
         row["what"] == "lifted" and over_unix_s <= row["unix_s"] <= began_unix_s
         for row in supervised

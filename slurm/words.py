@@ -32,7 +32,7 @@ def short(nodes: Iterable[str]) -> str:
     groups: dict[tuple[str, int], list[int]] = {}
     words = []
     for node in sorted(set(nodes)):
-        match = re.fullmatch(r"(.*?)(\d+)", node)
+        match = re.fullmatch(r"(.*?)([0-9]+)", node)
         if match is None:
             words.append(node)
         else:
