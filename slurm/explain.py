@@ -1,23 +1,22 @@
 """Tell what happened to a run, attempt by attempt, and what will or has to be done next."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import yaml
-from rich.table import Table
-from rich.text import Text
 
 from slurm import client
 from slurm.attempts import Attempt
 from slurm.config import ExplainConfig
 from slurm.history import read_history
 from slurm.lost import node_states, why_lost
-from slurm.runfile import JOBS, saved_step
+from slurm.runfile import EVENTS, JOBS, saved_step
 from slurm.seen import TRAIN, ask, goes_on, look, run_folder
 from slurm.sentences import Facts, ahead, happened
 from slurm.supervise import RECORD
-from slurm.words import clock, open_console
+from slurm.words import clock
 from trainer.command import run_command
 from trainer.observe.jsonl import read_rows
 
@@ -32,21 +31,34 @@ def gather(run: Path, name: str) -> Facts:
     word = ask()
     seen = look(run, word.jobs.get(run, ()))
     going_on = goes_on(seen, word)
-    submitted = [row for row in read_rows(run / JOBS) if row.get("stage", TRAIN) == TRAIN]
+    rows = read_rows(run / JOBS)
+    submitted = [row for row in rows if row.get("stage", TRAIN) == TRAIN]
     is_lost = going_on is False and seen.newest is not None and seen.newest.end is None
     return Facts(
         name=name,
+        command=f"kiln {_command(run, is_local=seen.is_local)}",
         seen=seen,
         word=word,
         chapters=read_history(run, goes_on=going_on is not False),
         goes_on=going_on,
         submitted=submitted,
+        other_jobs=[row for row in rows if row not in submitted],
+        events=read_rows(run / EVENTS),
         supervised=read_rows(run / RECORD),
         is_every_step_logged=_logs_every_step(run),
         saved_step=saved_step(run),
         lost_why=_why_lost(seen.newest) if is_lost and seen.newest else "",
         job_state=_job_state(submitted[-1]["job_id"]) if submitted and not seen.jobs else "",
     )
+
+
+def _command(run: Path, *, is_local: bool) -> str:
+    """Tell which command made a run, by what lies beside it."""
+    if (run / "pipeline.yaml").exists():
+        return "pipeline"
+    if (run.parent / "sweep.json").exists():
+        return "launch -m"
+    return "train" if is_local else "launch"
 
 
 def _logs_every_step(run: Path) -> bool:
@@ -72,14 +84,10 @@ def _job_state(job_id: str) -> str:
 def run(cfg: ExplainConfig) -> int:
     """Print the sentences."""
     facts = gather(run_folder(cfg.run), str(cfg.run))
-    shown = Table(box=None, show_header=False, pad_edge=False)
-    shown.add_column(no_wrap=True, style="dim")
-    shown.add_column(overflow="fold")
     for unix_s, sentence in happened(facts):
-        shown.add_row(clock(unix_s), Text(sentence))
+        sys.stdout.write(f"{clock(unix_s)}  {sentence}\n")
     for sentence in ahead(facts):
-        shown.add_row("now", Text(sentence))
-    open_console().print(shown)
+        sys.stdout.write(f"now: {sentence}\n")
     return 0
 
 

@@ -21,7 +21,7 @@ class Chapter:
     """None: it took no step, and no job began it."""
     from_step: int
     reached_step: int
-    """The last step that it logged; `from_step` when there is none."""
+    """The last step that it logged or saved; `from_step` when there is none."""
     heard_unix_s: float | None
     """When that was."""
     end: End | None
@@ -74,6 +74,8 @@ def _chapter(folder: Path, stepped: Span | None) -> Chapter:
     attempt = read_attempt(folder)
     first_step = int(stepped.first["step"]) - 1 if stepped else 0
     from_step = attempt.begin.saved_step if attempt else first_step
+    logged_step = int(stepped.last["step"]) if stepped else 0
+    end = attempt.end if attempt else None
     began_unix_s = attempt.begin.unix_s if attempt else None
     if began_unix_s is None and stepped is not None:
         began_unix_s = stepped.first["time_unix_s"]
@@ -83,9 +85,9 @@ def _chapter(folder: Path, stepped: Span | None) -> Chapter:
         nodes=attempt.begin.nodes if attempt else (),
         began_unix_s=began_unix_s,
         from_step=from_step,
-        reached_step=int(stepped.last["step"]) if stepped else from_step,
+        reached_step=max(from_step, logged_step, end.saved_step if end else 0),
         heard_unix_s=stepped.last["time_unix_s"] if stepped else None,
-        end=attempt.end if attempt else None,
+        end=end,
         error=error_in(folder),
         lost_steps=0,
     )

@@ -40,13 +40,19 @@ class Facts:
 
     name: str
     """Of the run, as the user gave it."""
+    command: str
+    """Whose line continues it."""
     seen: Seen
     word: Word
     chapters: Sequence[Chapter]
     goes_on: bool | None
     """Whether the newest attempt is not over; None when only Slurm could tell."""
     submitted: Sequence[Mapping[str, Any]]
-    """Rows of jobs.jsonl."""
+    """Rows of jobs.jsonl about its training."""
+    other_jobs: Sequence[Mapping[str, Any]]
+    """Rows about the stages of its pipeline."""
+    events: Sequence[Mapping[str, Any]]
+    """Rows of what was found between the stages of a pipeline."""
     supervised: Sequence[Mapping[str, Any]]
     """Rows of the supervisor's record."""
     is_every_step_logged: bool
@@ -60,6 +66,7 @@ class Facts:
 def happened(facts: Facts) -> list[Event]:
     """Tell what happened, oldest first."""
     events = [*_submissions(facts), *_changes(facts)]
+    events += [(row["unix_s"], f"{row['stage']}: {row['words']}") for row in facts.events]
     for chapter, following in zip(facts.chapters, [*facts.chapters, None][1:], strict=True):
         is_going_on = following is None and facts.goes_on is not False
         if chapter.began_unix_s is not None and not is_going_on:
@@ -76,6 +83,8 @@ def _submissions(facts: Facts) -> Iterator[Event]:
         if first is not None:
             waited = f", and waited {in_words(first - row['unix_s'])} for its nodes"
         yield row["unix_s"], f"submitted as job {row['job_id']}{waited}"
+    for row in facts.other_jobs:
+        yield row["unix_s"], f"{row['stage']}: submitted as job {row['job_id']}"
 
 
 def _changes(facts: Facts) -> Iterator[Event]:
@@ -190,8 +199,7 @@ def _goes_on(facts: Facts) -> str:
 
 def _to_do(facts: Facts) -> Iterator[str]:
     """Say what somebody has to do about a run that nothing works on."""
-    command = "kiln train" if facts.seen.is_local else "kiln launch"
-    again = f"the same `{command}` line goes on from step {facts.saved_step:,}"
+    again = f"the same `{facts.command}` line goes on from step {facts.saved_step:,}"
     total = facts.seen.total_steps
     last = facts.chapters[-1] if facts.chapters else None
     cause = last.end.cause if last and last.end else None

@@ -3,13 +3,14 @@
 It works without Slurm, from the runs' files alone, and needs no accounting of Slurm's.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple, fields
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -19,11 +20,12 @@ from slurm.history import Chapter, read_history
 from slurm.lines import Line, lines
 from slurm.runfile import saved_step
 from slurm.seen import Seen, Word, ask, goes_on, look, look_below
-from slurm.words import clock, open_console, short
+from slurm.words import clock, short
 from trainer.command import run_command
 from trainer.errors import BadInput
 from trainer.observe.progress import in_words
 
+_WIDE = 2000
 _COLORS = {"running": "green", "training": "green", "finished": "green", "pending": "yellow"}
 _BAD = {"crashed", "stuck", "bad_node", "lost", "refused", "gave_up"}
 
@@ -106,6 +108,18 @@ def _show(cfg: StatusConfig) -> RenderableType:
     return Group(*shown)
 
 
+def _print(console: Console, shown: RenderableType) -> None:
+    """Print it; for a file or a pipe as wide as it is."""
+    if console.is_terminal:
+        console.print(shown)
+        return
+    wide = Console(highlight=False, width=_WIDE)
+    with wide.capture() as captured:
+        wide.print(shown)
+    for line in captured.get().splitlines():
+        sys.stdout.write(f"{line.rstrip()}\n")
+
+
 def run(cfg: StatusConfig) -> int:
     """Show it once, or again and again until Ctrl-C."""
     if not cfg.root.is_dir():
@@ -113,9 +127,9 @@ def run(cfg: StatusConfig) -> int:
             f"root={cfg.root} is not there. Give the folder that `kiln launch` or `kiln train` "
             "works in, or one run."
         )
-    console = open_console()
+    console = Console(highlight=False)
     if cfg.watch_s is None:
-        console.print(_show(cfg))
+        _print(console, _show(cfg))
         return 0
     with suppress(KeyboardInterrupt), Live(_show(cfg), console=console, auto_refresh=False) as live:
         while True:

@@ -1,14 +1,9 @@
-"""How times and nodes are written for people, where, and how Slurm's times are read."""
+"""How times and nodes are written for people, and how Slurm's times are read."""
 
 import re
 import time
 from collections.abc import Iterable
 from datetime import datetime
-
-from rich.console import Console
-
-_WIDE = 250
-"""Columns where no terminal says how many there are."""
 
 
 def clock(unix_s: float, now_unix_s: float | None = None) -> str:
@@ -56,9 +51,3 @@ def spans(numbers: Iterable[int]) -> list[tuple[int, int]]:
         else:
             found.append((number, number))
     return found
-
-
-def open_console() -> Console:
-    """Write to stdout; lines are not broken for a file or a pipe."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDE)

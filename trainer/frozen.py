@@ -155,9 +155,11 @@ def _to_plain(composed: DictConfig, *, require_all: bool) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(composed, resolve=require_all, throw_on_missing=require_all)
     except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a key"
         # A value that is made of a missing one is not itself what to give.
         deeper = re.search(r"Missing mandatory value: (\S+)", str(error))
-        key = deeper.group(1) if deeper else getattr(error, "full_key", None) or "a key"
+        if deeper and not key.endswith(deeper.group(1)):
+            key = deeper.group(1)
         raise BadInput(f"{key} has no value; give it: {key}=...") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

@@ -153,6 +153,30 @@ def test_a_run_of_kiln_train_is_told_by_its_metrics(tmp_path):
     assert ahead(facts) == ["the same `kiln train` line goes on from step 0"]
 
 
+def test_what_happened_between_the_stages_of_a_pipeline_is_told(tmp_path):
+    run = launched(tmp_path / "a")
+    (run / "pipeline").mkdir()
+    (run / "pipeline.yaml").touch()
+    append_row(run / "jobs.jsonl", {"job_id": "11", "unix_s": NOW - 3, "stage": "encode"})
+    event = {"unix_s": NOW, "stage": "encode", "words": "2 of 9 units are missing: 1 tasks"}
+    append_row(run / "pipeline/events.jsonl", event)
+    attempt(run, 0, cause="stopped", saved=7, began=NOW + 1)
+    facts = facts_of(run)
+    assert told(facts)[:3] == [
+        "encode: submitted as job 11",
+        "submitted as job 12, and waited 3 s for its nodes",
+        "encode: 2 of 9 units are missing: 1 tasks",
+    ]
+    assert ahead(facts) == ["the same `kiln pipeline` line goes on from step 0"]
+
+
+def test_the_line_that_continues_a_run_of_a_sweep_has_m(tmp_path):
+    write_json(tmp_path / "sweep.json", {})
+    run = launched(tmp_path / "000")
+    attempt(run, 0, cause="stopped", saved=7)
+    assert ahead(facts_of(run)) == ["the same `kiln launch -m` line goes on from step 0"]
+
+
 def test_a_run_without_attempts(tmp_path):
     run = launched(tmp_path / "a")
     assert told(facts_of(run)) == ["submitted as job 12"]
@@ -164,7 +188,7 @@ def test_explain_prints_it(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 4
     assert "attempt 0 on node[1,3]" in said[1]
-    assert said[3].startswith("now")
+    assert said[3].startswith("now: ")
     assert "there is no squeue on this machine's PATH" in said[3]
 
 
