@@ -140,7 +140,8 @@ def lost(chapter: Chapter, *, is_exact: bool) -> list[str]:
         least = "" if is_exact else "at least "
         return [f"{least}{steps:,} step{'s' * (steps > 1)} lost"]
     is_death = chapter.end is None or chapter.end.cause in {"crashed", "stuck", "lost"}
-    return ["no logged step lost"] if is_death and chapter.reached_step else []
+    kind = "" if is_exact else "logged "
+    return [f"no {kind}step lost"] if is_death and chapter.reached_step else []
 
 
 def restarted(chapter: Chapter, following: Chapter, supervised: Sequence[Mapping[str, Any]]) -> str:

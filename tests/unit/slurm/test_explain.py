@@ -42,7 +42,7 @@ def test_a_stormy_run_is_told_oldest_first(tmp_path):
         "rank 2 on node3: Killed; 212 steps lost; restarted in 2 s without node3, as `kiln "
         "supervise` lifted Slurm's hold",
         "attempt 1 on node[1-2] went on from step 1,000 and was lost at step 1,100 after 18 min "
-        "20 s: node2 is down* (Not responding); no logged step lost; restarted in 11 min 28 s "
+        "20 s: node2 is down* (Not responding); no step lost; restarted in 11 min 28 s "
         "without node2 on 1 node",
     ]
     assert ahead(facts) == [
