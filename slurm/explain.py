@@ -13,7 +13,7 @@ from slurm.config import ExplainConfig
 from slurm.history import read_history
 from slurm.lost import node_states, why_lost
 from slurm.runfile import EVENTS, JOBS, saved_step
-from slurm.seen import TRAIN, ask, goes_on, look, run_folder
+from slurm.seen import TRAIN, ask, find_run, goes_on, look
 from slurm.sentences import Facts, ahead, happened
 from slurm.supervise import RECORD
 from slurm.words import clock
@@ -26,7 +26,7 @@ def gather(run: Path, name: str) -> Facts:
 
     Args:
         run: Its folder, in full.
-        name: As the user gave it.
+        name: As a user would give it.
     """
     word = ask()
     seen = look(run, word.jobs.get(run, ()))
@@ -83,7 +83,8 @@ def _job_state(job_id: str) -> str:
 
 def run(cfg: ExplainConfig) -> int:
     """Print the sentences."""
-    facts = gather(run_folder(cfg.run), str(cfg.run))
+    found = find_run(cfg.run)
+    facts = gather(found.resolve(), str(found))
     for unix_s, sentence in happened(facts):
         sys.stdout.write(f"{clock(unix_s)}  {sentence}\n")
     for sentence in ahead(facts):

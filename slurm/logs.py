@@ -16,7 +16,7 @@ from slurm.attempts import FINAL, attempt_folders, read_attempt
 from slurm.config import LogsConfig
 from slurm.log_files import attempt_folder, find, scripts, start_of_last
 from slurm.runfile import read_spec
-from slurm.seen import is_trained, run_folder
+from slurm.seen import find_run, is_trained
 from trainer.command import run_command
 from trainer.errors import BadInput
 
@@ -108,7 +108,7 @@ class Follower:
 
 def run(cfg: LogsConfig) -> int:
     """Print the log, and follow it if asked to."""
-    folder = run_folder(cfg.run)
+    folder = find_run(cfg.run).resolve()
     follower = Follower(folder, cfg)
     try:
         if not follower.show() and not cfg.follow and find(folder, cfg) is None:

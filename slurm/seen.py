@@ -17,6 +17,8 @@ from trainer.observe.evaluations import is_held
 from trainer.observe.jsonl import read_rows
 from trainer.observe.tail import Row, newest_row
 
+RUNS = Path("runs")
+"""Where `kiln launch NAME` puts runs."""
 TRAIN = "train"
 _STAGE = re.compile(
     r"-((prepare|dedup|encode|train|evaluate|sample|export|report)(-coordinator)?)$"
@@ -172,22 +174,25 @@ def is_trained(run: Path) -> bool:
     return False
 
 
-def run_folder(given: Path) -> Path:
-    """Return the folder of a run in full.
+def find(given: Path) -> Path:
+    """Return the folder that a user means: by its path, or by the name of a run in runs/."""
+    named = RUNS / given
+    return named if not given.exists() and named.is_dir() else given
+
+
+def find_run(given: Path) -> Path:
+    """Return the folder of a run that a user means.
 
     Raises:
-        BadInput: It is none.
+        BadInput: There is none.
     """
-    folder = given.resolve()
+    folder = find(given)
     if (folder / "attempts").is_dir():
         return folder
-    usual = Path("runs") / given
-    if (usual / "attempts").is_dir():
-        advice = f"Did you mean {usual}?"
-    elif folder.is_dir() and (inside := [str(path) for path in run_folders(folder)]):
-        advice = f"There are runs in it: {', '.join(inside[:8])}. Give one of them."
-    else:
-        advice = (
-            "Give the folder that `kiln launch` or `kiln train` made; `kiln status` lists them."
-        )
-    raise BadInput(f"{given} is no folder of a run. {advice}")
+    inside = [str(path) for path in run_folders(folder)] if folder.is_dir() else []
+    advice = (
+        f"There are runs in it: {', '.join(inside[:8])}. Give one of them."
+        if inside
+        else "Give what `kiln launch` or `kiln train` made; `kiln status` lists them."
+    )
+    raise BadInput(f"{folder} is no folder of a run. {advice}")

@@ -39,7 +39,7 @@ class Facts:
     """All that the sentences are made of."""
 
     name: str
-    """Of the run, as the user gave it."""
+    """Of the run, as a user would give it."""
     command: str
     """Whose line continues it."""
     seen: Seen

@@ -19,7 +19,7 @@ from slurm.config import StatusConfig
 from slurm.history import Chapter, read_history
 from slurm.lines import Line, lines
 from slurm.runfile import saved_step
-from slurm.seen import Seen, Word, ask, goes_on, look, look_below
+from slurm.seen import Seen, Word, ask, find, goes_on, look, look_below
 from slurm.words import clock, short
 from trainer.command import run_command
 from trainer.errors import BadInput
@@ -86,11 +86,10 @@ def _one(seen: Seen, word: Word, given: Path) -> Iterator[RenderableType]:
         yield Text(f"\nMore: kiln explain {given}   kiln logs {given}")
 
 
-def _show(cfg: StatusConfig) -> RenderableType:
-    root = cfg.root.resolve()
-    word = ask()
+def _show(given: Path) -> RenderableType:
+    root, word = given.resolve(), ask()
     if (root / "attempts").is_dir():
-        shown = list(_one(look(root, word.jobs.get(root, ())), word, cfg.root))
+        shown = list(_one(look(root, word.jobs.get(root, ())), word, given))
     else:
         found = [
             line
@@ -99,7 +98,7 @@ def _show(cfg: StatusConfig) -> RenderableType:
         ]
         if not found:
             raise BadInput(
-                f"there is no run in {cfg.root}. Give root= the folder that `kiln launch` or "
+                f"there is no run in {given}. Give root= the folder that `kiln launch` or "
                 "`kiln train` works in, or one run."
             )
         shown = [table(found)]
@@ -122,19 +121,23 @@ def _print(console: Console, shown: RenderableType) -> None:
 
 def run(cfg: StatusConfig) -> int:
     """Show it once, or again and again until Ctrl-C."""
-    if not cfg.root.is_dir():
+    root = find(cfg.root)
+    if not root.is_dir():
         raise BadInput(
             f"root={cfg.root} is not there. Give the folder that `kiln launch` or `kiln train` "
             "works in, or one run."
         )
     console = Console(highlight=False)
     if cfg.watch_s is None:
-        _print(console, _show(cfg))
+        _print(console, _show(root))
         return 0
-    with suppress(KeyboardInterrupt), Live(_show(cfg), console=console, auto_refresh=False) as live:
+    with (
+        suppress(KeyboardInterrupt),
+        Live(_show(root), console=console, auto_refresh=False) as live,
+    ):
         while True:
             time.sleep(cfg.watch_s)
-            live.update(_show(cfg), refresh=True)
+            live.update(_show(root), refresh=True)
     return 0
 
 

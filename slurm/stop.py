@@ -14,7 +14,7 @@ from slurm.attempts import Attempt, attempt_folders, read_attempt
 from slurm.client import Queued
 from slurm.config import StopConfig
 from slurm.runfile import STOP, read_spec, run_folders, saved_step, write_json
-from slurm.seen import TRAIN, is_trained, run_folder, stage_of
+from slurm.seen import TRAIN, find, find_run, is_trained, stage_of
 from trainer.command import run_command
 from trainer.errors import BadInput, BadWorld
 
@@ -108,15 +108,16 @@ def outcome(attempt: Attempt | None, newest_step: int) -> str:
 
 def run(cfg: StopConfig) -> int:
     """End all jobs and wait for what is being saved."""
-    root = cfg.run.resolve() if cfg.run.is_dir() else run_folder(cfg.run)
+    found = find(cfg.run)
+    root = (found if found.is_dir() else find_run(found)).resolve()
     stopper = Stopper(root, now=cfg.now)
     try:
         jobs = stopper.jobs()
         if not jobs:
-            _check_has_runs(cfg.run)
-            log.info("%s: no job of it is in the queue", cfg.run)
+            _check_has_runs(found)
+            log.info("%s: no job of it is in the queue", found)
         folders = sorted({job.folder for job in jobs if job.folder}) or list(run_folders(root))
-        _wait(stopper, jobs, cfg)
+        _wait(stopper, jobs, cfg.wait_s, found)
     except client.SlurmError as error:
         raise BadWorld(str(error)) from error
     for folder in folders:
@@ -125,28 +126,27 @@ def run(cfg: StopConfig) -> int:
     return 0
 
 
-def _wait(stopper: Stopper, jobs: Sequence[Queued], cfg: StopConfig) -> None:
-    deadline_s = time.monotonic() + cfg.wait_s
+def _wait(stopper: Stopper, jobs: Sequence[Queued], wait_s: float, name: Path) -> None:
+    deadline_s = time.monotonic() + wait_s
     while jobs:
         if time.monotonic() > deadline_s:
             raise BadWorld(
                 f"job {', '.join(job.shown_id for job in jobs)} has not ended within "
-                f"wait_s={cfg.wait_s:g}, and may still save; `kiln status {cfg.run}` shows it. The "
-                f"same command waits on; `kiln stop {cfg.run} now=true` does not let it save."
+                f"wait_s={wait_s:g}, and may still save; `kiln status {name}` shows it. The same "
+                f"command waits on; `kiln stop {name} now=true` does not let it save."
             )
         stopper.step(jobs)
         time.sleep(_POLL_S)
         jobs = stopper.jobs()
 
 
-def _check_has_runs(given: Path) -> None:
+def _check_has_runs(root: Path) -> None:
     """Refuse what no job works for, now or before."""
-    root = given.resolve()
     if not any(run_folders(root)):
-        run_folder(given)
+        find_run(root)
     if newest_attempt(root) is None and is_trained(root):
         raise BadInput(
-            f"{given} is trained by `kiln train`, not by a job: Ctrl-C in its terminal stops it, "
+            f"{root} is trained by `kiln train`, not by a job: Ctrl-C in its terminal stops it, "
             "and it saves first."
         )
 

@@ -9,24 +9,9 @@ from slurm.attempts import Begin, End
 from slurm.client import COMMENT, Queued
 from slurm.runfile import append_row, write_json, write_spec
 from slurm.seen import Seen
-from slurm.spec import RunSpec
+from tests.cluster.jobs import spec_of
 
 NOW = time.time()
-SPEC = RunSpec(
-    ranks_per_node=2,
-    node_counts=(2,),
-    exclude=(),
-    worker=("true",),
-    meet=("true",),
-    srun=(),
-    env={},
-    max_restarts=5,
-    no_progress_attempts=3,
-    warn_before_kill_s=60,
-    stop_signal="USR2",
-    shrink_after_s=60.0,
-    checks=None,
-)
 
 
 def metrics(run: Path, attempt: int, steps, *, began: float = NOW, **more) -> None:
@@ -62,7 +47,7 @@ def launched(run: Path, *, total_steps=5000, logs_every=1) -> Path:
     (run / "attempts").mkdir(parents=True)
     (run / "config.yaml").write_text(f"logging:\n  every_steps: {logs_every}\n")
     write_json(run / "plan.json", {"total_steps": total_steps})
-    write_spec(run, SPEC)
+    write_spec(run, spec_of(run))
     append_row(run / "jobs.jsonl", {"job_id": "12", "unix_s": NOW - 2})
     return run
 

@@ -192,19 +192,35 @@ def test_explain_prints_it(tmp_path, capsys):
     assert "there is no squeue on this machine's PATH" in said[3]
 
 
-def test_what_is_no_run_is_refused_with_those_that_are(tmp_path, capsys, monkeypatch):
-    launched(tmp_path / "runs/a")
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            "sweep",
+            "runs/sweep is no folder of a run. There are runs in it: runs/sweep/000. Give one",
+        ),
+        ("b", "b is no folder of a run. Give what `kiln launch` or `kiln train` made"),
+    ],
+)
+@pytest.mark.parametrize("command", ["explain", "logs"])
+def test_what_is_no_run_is_refused(tmp_path, capsys, monkeypatch, command, given, words):
+    launched(tmp_path / "runs/sweep/000")
     monkeypatch.chdir(tmp_path)
-    for given, words in (
-        ("a", "Did you mean runs/a?"),
-        ("runs", f"There are runs in it: {tmp_path}/runs/a. Give one of them."),
-        ("b", "Give the folder that `kiln launch` or `kiln train` made"),
+    assert main([command, given]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_is_found_by_its_name_alone(tmp_path, capsys, monkeypatch):
+    stormy(tmp_path / "runs/night")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/night/attempts/002/rank_00000.log").write_text("hello\n")
+    for command, words in (
+        ("explain", "attempt 0 on node[1,3]"),
+        ("logs", "hello"),
+        ("status", "kiln explain runs/night"),
     ):
-        for command in ("explain", "logs", "stop"):
-            if (command, given) != ("stop", "runs"):
-                assert main([command, given]) == 2
-                said = capsys.readouterr().err
-                assert f"{given} is no folder of a run. {words}" in said
+        assert main([command, "night"]) == 0
+        assert words in capsys.readouterr().out
 
 
 def test_attempts_are_still_read_one_by_one(tmp_path):

@@ -47,6 +47,14 @@ def test_without_slurm_nothing_can_be_stopped(tmp_path, capsys, monkeypatch):
     assert "there is no squeue on this machine's PATH" in capsys.readouterr().err
 
 
+def test_what_is_no_run_is_not_stopped(tmp_path, capsys, monkeypatch):
+    tool(tmp_path, "squeue", "true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for given in (tmp_path / "nowhere", tmp_path):
+        assert main(["stop", str(given)]) == 2
+        assert f"{given} is no folder of a run" in capsys.readouterr().err
+
+
 def test_what_has_no_job_is_told_from_what_kiln_train_works_on(
     tmp_path, capsys, monkeypatch, caplog
 ):
