@@ -33,11 +33,6 @@ def waiting_for(job_id: str, queue: Sequence[Queued]) -> list[Queued]:
     return [job for job in queue if re.search(rf"\bafterok:{job_id}(?!\d)", job.dependency)]
 
 
-def array_of(job: Queued) -> str:
-    """Return the number of the array that a task belongs to, or the job's own."""
-    return job.shown_id.partition("_")[0]
-
-
 def repoint(jobs: Sequence[Queued], to: Sequence[str]) -> None:
     """Let jobs wait for others instead."""
     for job in jobs:

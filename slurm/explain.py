@@ -12,7 +12,7 @@ from slurm.attempts import Attempt
 from slurm.config import ExplainConfig
 from slurm.history import read_history
 from slurm.lost import node_states, why_lost
-from slurm.runfile import EVENTS, JOBS, saved_step
+from slurm.runfile import EVENTS, JOBS, SWEEP, saved_step
 from slurm.seen import TRAIN, ask, find_run, goes_on, look
 from slurm.sentences import Facts, ahead, happened
 from slurm.supervise import RECORD
@@ -54,9 +54,9 @@ def gather(run: Path, name: str) -> Facts:
 
 def _command(run: Path, *, is_local: bool) -> str:
     """Tell which command made a run, by what lies beside it."""
-    if (run / "pipeline.yaml").exists():
+    if (run / EVENTS).parent.is_dir():
         return "pipeline"
-    if (run.parent / "sweep.json").exists():
+    if (run.parent / SWEEP).exists():
         return "launch -m"
     return "train" if is_local else "launch"
 

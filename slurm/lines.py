@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from slurm.client import Queued
 from slurm.places import Place
-from slurm.seen import TRAIN, Seen, Word, stage_of
+from slurm.seen import STAGES, TRAIN, Seen, Word, stage_of
 from slurm.words import clock, from_slurm
 from trainer.observe.progress import in_words
 
@@ -31,11 +31,18 @@ def lines(seen: Seen, word: Word, name: str) -> Iterator[Line]:
     stages: dict[str, list[Queued]] = {}
     for job in seen.jobs:
         stages.setdefault(stage_of(job, seen.folder), []).append(job)
-    for stage, jobs in stages.items():
-        if stage != TRAIN:
-            yield _stage_line(stage, jobs, word, name)
-    if TRAIN in stages or seen.num_attempts or not stages:
-        yield _training_line(seen, word, name)
+    if seen.num_attempts or not stages:
+        stages.setdefault(TRAIN, [])
+    for stage in sorted(stages, key=_order):
+        if stage == TRAIN:
+            yield _training_line(seen, word, name)
+        else:
+            yield _stage_line(stage, stages[stage], word, name)
+
+
+def _order(stage: str) -> tuple[int, bool]:
+    """Put stages in their order, and before each its coordinator."""
+    return STAGES.index(stage.removesuffix("-coordinator")), not stage.endswith("-coordinator")
 
 
 def _stage_line(stage: str, jobs: Sequence[Queued], word: Word, name: str) -> Line:

@@ -20,9 +20,9 @@ from trainer.observe.tail import Row, newest_row
 RUNS = Path("runs")
 """Where `kiln launch NAME` puts runs."""
 TRAIN = "train"
-_STAGE = re.compile(
-    r"-((prepare|dedup|encode|train|evaluate|sample|export|report)(-coordinator)?)$"
-)
+STAGES = ("prepare", "dedup", "encode", TRAIN, "evaluate", "sample", "export", "report")
+"""Of a pipeline, in their order."""
+_STAGE = re.compile(rf"-((?:{'|'.join(STAGES)})(?:-coordinator)?)$")
 """How names of a pipeline's jobs end, but for that of its training."""
 _NO_PLACES: Mapping[str, Place] = {}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data_prep.due import Due, due_latents, due_rows
 from slurm import chain, client
-from slurm.runfile import append_row, read_json, write_json
+from slurm.runfile import EVENTS, append_row, read_json, write_json
 from trainer import launch
 from trainer.config import TrainConfig
 from trainer.config_pipeline import ArrayConfig, PipelineConfig, ShardsConfig
@@ -38,9 +38,6 @@ from trainer.pipeline_stages import (
 from trainer.place import storage
 
 log = logging.getLogger(__name__)
-
-EVENTS = "events.jsonl"
-"""What coordinators found and did, for people and for `kiln status`."""
 
 
 @dataclass(frozen=True)
@@ -126,18 +123,18 @@ class Coordinator:
         """Tell it here and in the pipeline's events."""
         log.info("%s: %s", self._stage.name, words)
         row = {"unix_s": time.time(), "stage": self._stage.name, "words": words}
-        append_row(self._folder / EVENTS, row)
+        append_row(self._folder.parent / EVENTS, row)
 
     def _repoint(self, me: str, arrays: Sequence[str]) -> None:
         """Let what waits for this job wait for its arrays, too."""
         waiting = chain.waiting_for(me, client.queue())
-        chain.repoint([job for job in waiting if chain.array_of(job) not in arrays], arrays)
+        chain.repoint([job for job in waiting if job.array not in arrays], arrays)
 
     def _cancel_leftovers(self, me: str) -> None:
         """Cancel arrays of an attempt of this job that did not get to its record."""
         mine = job_name(self._cfg, self._stage.name)
         waiting = chain.waiting_for(me, client.queue())
-        client.cancel(sorted({chain.array_of(job) for job in waiting if job.job_name == mine}))
+        client.cancel(sorted({job.array for job in waiting if job.job_name == mine}))
 
 
 def check_gates(cfg: PipelineConfig, stage: Stage) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from slurm import client
 from slurm.chain import split
 from slurm.render import sbatch_script
-from slurm.runfile import JOBS, append_row, nth_run, read_json, write_json
+from slurm.runfile import JOBS, SWEEP, append_row, nth_run, read_json, write_json
 from slurm.spec import JobSpec, RunSpec
 from trainer import launch
 from trainer.command import long_words
@@ -27,8 +27,6 @@ from trainer.runtime.rundir import locked
 
 log = logging.getLogger(__name__)
 
-SWEEP = "sweep.json"
-"""In the folder of a sweep: the words of each run that differ from the others', by number."""
 _MULTIRUN = {"-m", "--multirun"}
 _USUAL_ARRAY_SIZE = 1001
 _SAME = ("name", "run", "dry_run", "at_once")

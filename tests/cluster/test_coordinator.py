@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slurm import client
-from slurm.chain import after, array_of
+from slurm.chain import after
 from slurm.render import sbatch_script
 from slurm.task import WARN_BEFORE_KILL_S
 from tests.cluster.jobs import job_of, state, wait_for
@@ -47,7 +47,7 @@ def submit(tmp_path: Path, name: str, *options: str) -> str:
 
 
 def arrays() -> set[str]:
-    return {array_of(job) for job in client.queue() if job.job_name == "many-prepare"}
+    return {job.array for job in client.queue() if job.job_name == "many-prepare"}
 
 
 def test_a_coordinator_that_comes_back_submits_nothing_twice(cluster, tmp_path):
@@ -57,7 +57,7 @@ def test_a_coordinator_that_comes_back_submits_nothing_twice(cluster, tmp_path):
     Coordinator(run, "prepare").submit(me)
     first = arrays()
     assert len(first) == 2
-    tasks = [job for job in client.queue() if array_of(job) in first]
+    tasks = [job for job in client.queue() if job.array in first]
     assert len(tasks) == NUM_UNITS
     assert {job.dependency for job in tasks} == {f"afterok:{me}(unfulfilled)"}
     dependency = client.show_job(child)["Dependency"]

@@ -129,3 +129,26 @@ def test_nothing_is_left_of_what_cannot_be_submitted_or_is_cancelled(
 
     client.cancel([ids["prepare-coordinator"]])
     assert set(wait_for_all(run, 60).values()) == {"CANCELLED"}
+
+
+def test_stages_are_seen_and_stopped(cluster, source, tmp_path, capsys):
+    run = tmp_path / "runs/seen"
+    assert main(line(source, run, "prepare.max_tasks=2", "prepare.units_per_task=1")) == 0
+
+    def are_preparing() -> bool:
+        capsys.readouterr()
+        assert main(["status", str(run.parent)]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        assert all(row[0] == "seen" for row in rows)
+        stages = [row[1] for row in rows]
+        return stages[0] == "prepare" and "train" in stages and rows[0][3:5] == ["2", "running"]
+
+    wait_for(are_preparing, "the tasks of prepare")
+    assert main(["stop", str(run)]) == 0
+    assert client.queue() == []
+    capsys.readouterr()
+    assert main(["explain", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "prepare-coordinator: submitted as job " in said
+    assert "prepare: submitted as " in said
+    assert "now: no attempt has begun, and no job of it is in the queue" in said

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slurm.chain import after, array_of, split, waiting_for
+from slurm.chain import after, split, waiting_for
 from slurm.client import Queued
 
 
@@ -41,4 +41,4 @@ def test_what_begins_after_nothing_has_no_options():
 
 
 def test_tasks_belong_to_their_array():
-    assert [array_of(job(shown_id)) for shown_id in ("12_3", "12_[4-9]", "12")] == ["12"] * 3
+    assert [job(shown_id).array for shown_id in ("12_3", "12_[4-9]", "12")] == ["12"] * 3

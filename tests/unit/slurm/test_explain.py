@@ -156,7 +156,6 @@ def test_a_run_of_kiln_train_is_told_by_its_metrics(tmp_path):
 def test_what_happened_between_the_stages_of_a_pipeline_is_told(tmp_path):
     run = launched(tmp_path / "a")
     (run / "pipeline").mkdir()
-    (run / "pipeline.yaml").touch()
     append_row(run / "jobs.jsonl", {"job_id": "11", "unix_s": NOW - 3, "stage": "encode"})
     event = {"unix_s": NOW, "stage": "encode", "words": "2 of 9 units are missing: 1 tasks"}
     append_row(run / "pipeline/events.jsonl", event)

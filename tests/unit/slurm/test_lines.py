@@ -133,6 +133,8 @@ def test_whether_an_attempt_goes_on_is_known_or_not(told, problem, expected):
 def test_stages_of_a_pipeline_have_rows_of_their_own():
     event = {"stage": "encode", "words": "does not begin: too few"}
     jobs = (
+        queued(RUN, shown_id="13", job_name="a-report", state="PENDING", reason="Dependency"),
+        queued(RUN, shown_id="11", job_name="a-train-coordinator", state="PENDING"),
         queued(RUN, shown_id="9_0", job_name="a-encode"),
         queued(RUN, shown_id="9_1", job_name="a-encode", state="PENDING", reason="Resources"),
         queued(RUN, shown_id="12", state="PENDING", reason="Dependency", dependency="afterok:9"),
@@ -142,10 +144,12 @@ def test_stages_of_a_pipeline_have_rows_of_their_own():
     )
     assert [(each.stage, each.job, each.state) for each in found] == [
         ("encode", "9", "1 running, 1 pending"),
+        ("train-coordinator", "11", "pending"),
         ("train", "12", "pending"),
+        ("report", "13", "pending"),
     ]
     assert found[0].says == "waits for nodes, 1 of 2 in p"
-    assert found[1].says == "waits for job 9"
+    assert found[2].says == "waits for job 9"
     (line,) = lines(seen(RUN, event=event), Word(), "a")
     assert line.says == "encode: does not begin: too few"
 
