@@ -17,6 +17,7 @@ from slurm import client
 from slurm.attempts import FINAL, Attempt, read_attempts
 from slurm.lost import close_lost
 from slurm.runfile import append_row, read_rows, read_spec, run_folders
+from slurm.seen import TRAIN, stage_of
 from slurm.spec import RunSpec
 from slurm.suspects import Suspicion, to_leave_out
 from trainer.command import run_command
@@ -66,9 +67,10 @@ class Charge:
         return self.job.state == "PENDING" and self.job.reason == "BeginTime"
 
     @property
-    def waits_for_nodes(self) -> bool:
-        """Whether it would begin if there were nodes."""
-        return self.job.state == "PENDING" and self.job.reason in {"Resources", "Priority"}
+    def may_shrink(self) -> bool:
+        """Whether it would begin if there were nodes, and could do with fewer."""
+        waits = self.job.state == "PENDING" and self.job.reason in {"Resources", "Priority"}
+        return waits and self.spec is not None and len(self.spec.node_counts) > 1
 
     @property
     def will_come_back(self) -> bool:
@@ -136,8 +138,8 @@ class Supervisor:
         for charge in charges:
             if charge.is_held:
                 self._lift(charge)
-            elif charge.waits_for_nodes and charge.spec is not None:
-                told, wanted = client.show_job(charge.job.job_id), int(charge.job.num_nodes)
+            elif charge.may_shrink and charge.spec is not None:
+                told, wanted = client.show_job(charge.job.shown_id), int(charge.job.num_nodes)
                 change = shrink(charge.spec, wanted, _waited_s(told), num_nodes(told, "idle"))
                 if change is not None:
                     self._do(charge, change)
@@ -148,10 +150,11 @@ class Supervisor:
             folder = job.folder
             if folder is not None and folder.is_relative_to(self._root):
                 own = [each for each in read_attempts(folder) if each.begin.job_id == job.job_id]
-                yield Charge(job, folder, read_spec(folder), own)
+                spec = read_spec(folder) if stage_of(job, folder) == TRAIN else None
+                yield Charge(job, folder, spec, own)
 
     def _lift(self, charge: Charge) -> None:
-        told = client.show_job(charge.job.job_id)
+        told = client.show_job(charge.job.shown_id)
         # That has never begun waits because somebody wants it to.
         if told.get("Restarts", "0") == "0" or _is_lifted(charge):
             return
