@@ -91,13 +91,15 @@ class Batch:
         folder = self._attempt.folder / "preflight"
         asked_unix_s = time.time()
         with asking(folder, checks, self._address):
-            self._srun(
+            asked = self._srun(
                 1,
                 (),
                 (sys.executable, "-m", "slurm.preflight", str(folder)),
                 log="preflight",
                 timeout_s=checks.timeout_s,
             )
+        if self._is_told_to_stop(asked):
+            return self._judge(Ended(EXIT_REQUEUE, ()))
         bad = judge_answers(
             self._nodes,
             read_answers(folder),
@@ -111,6 +113,8 @@ class Batch:
         met = self._srun(
             1, self._spec.srun, self._spec.meet, log="all_reduce", timeout_s=checks.timeout_s
         )
+        if self._is_told_to_stop(met):
+            return self._judge(Ended(EXIT_REQUEUE, ()))
         if met.code:
             first = str(met.died[0]) if met.died else f"code {met.code}"
             suspects = {died.node: 0.5 for died in met.died[:1]}
@@ -118,9 +122,16 @@ class Batch:
             return Judgement("bad_node", why, suspects)
         return None
 
+    def _is_told_to_stop(self, ended: Ended) -> bool:
+        """Whether Slurm told the batch script, or the tasks of this step."""
+        return bool(self._steps.heard) or ended.code == EXIT_REQUEUE
+
     def _train(self) -> Judgement:
+        spec = self._spec
+        return self._judge(self._srun(spec.ranks_per_node, spec.srun, spec.worker, log="rank"))
+
+    def _judge(self, ended: Ended) -> Judgement:
         spec, folder = self._spec, self._attempt.folder
-        ended = self._srun(spec.ranks_per_node, spec.srun, spec.worker, log="rank")
         job: dict[str, str] = {}
         with suppress(client.SlurmError):
             job = client.show_job(self._name)

@@ -6,6 +6,7 @@ answers from a folder that all must see.
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from slurm.judgement import EXIT_REQUEUE
 from slurm.runfile import read_json, write_json
 from slurm.spec import Checks
 
@@ -140,7 +142,9 @@ def _nvidia_smi(query: str) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Answer for this node."""
+    """Answer for this node; told to stop, it leaves without an answer."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
     folder = Path(argv[0])
     question = read_json(folder / QUESTION)
     checks = question["checks"]

@@ -27,7 +27,14 @@ pytestmark = pytest.mark.cluster
 
 
 def preempt(cluster):
-    script = ("--nodes=4", "--exclusive", "--partition=high", "--time=1", "--wrap=sleep 1")
+    script = (
+        "--nodes=4",
+        "--exclusive",
+        "--partition=high",
+        "--time=1",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    )
     cluster.slurm("sbatch", *script)
 
 
@@ -121,29 +128,39 @@ def test_a_killed_rank_is_named_and_the_job_comes_back(cluster, tmp_path):
 def test_what_waits_for_a_job_goes_on_waiting_while_that_comes_back(cluster, tmp_path):
     run = tmp_path / "run"
     job_id = submit(run)
-    after = ("--dependency", f"afterok:{job_id}", "--kill-on-invalid-dep=yes", "--wrap=true")
+    after = (
+        "--dependency",
+        f"afterok:{job_id}",
+        "--kill-on-invalid-dep=yes",
+        "--output=/dev/null",
+        "--wrap=true",
+    )
     child = cluster.slurm("sbatch", "--parsable", *after).strip()
     os.kill(ranks(wait_running(run))[0]["pid"], signal.SIGKILL)
     wait_ended(run)
     wait_for(lambda: state(job_id) == "PENDING", "the job in the queue")
     assert state(child) == "PENDING"
     (run / "finish").touch()
-    client.update(job_id, StartTime="now")
+    client.update(job_id, StartTime="now+2")
     wait_for(lambda: state(child) == "COMPLETED", "the end of what waited")
+
+
+def nvidia_smi(folder, monkeypatch, does):
+    """Put a driver's tool before ranks' eyes that has fallen over, or hangs, on node1."""
+    tool = folder / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" = node1 ] && {does}\n'
+        '[ "$1" = --query-gpu=uuid ] && printf "a\\nb\\n"\nexit 0\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    return Checks(folders=("/tmp",), min_free_gb=0, max_clock_skew_s=5, timeout_s=60, gpus=2)
 
 
 def test_a_bad_node_is_found_before_ranks_start_and_left_out(cluster, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    smi = tmp_path / "bin/nvidia-smi"
-    smi.parent.mkdir()
-    # A driver that has fallen over on one node.
-    smi.write_text(
-        '#!/bin/sh\n[ "$SLURMD_NODENAME" = node1 ] && exit 9\n'
-        '[ "$1" = --query-gpu=uuid ] && printf "a\\nb\\n"\nexit 0\n'
-    )
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
-    checks = Checks(folders=("/tmp",), min_free_gb=0, max_clock_skew_s=5, timeout_s=60, gpus=2)
+    checks = nvidia_smi(tmp_path, monkeypatch, "exit 9")
     job_id = submit(run, spec=spec_of(run, checks=checks))
     attempt = wait_ended(run)
     assert attempt.end.cause == "bad_node"
@@ -151,8 +168,19 @@ def test_a_bad_node_is_found_before_ranks_start_and_left_out(cluster, tmp_path, 
     assert not ranks(attempt)
     wait_for(lambda: client.show_job(job_id).get("ExcNodeList") == "node1", "the exclusion")
     wait_for(lambda: state(job_id) == "PENDING", "the job in the queue")
-    client.update(job_id, StartTime="now")
+    client.update(job_id, StartTime="now+2")
     assert "node1" not in wait_running(run, 1).begin.nodes
+
+
+def test_told_to_stop_before_ranks_start_no_node_is_to_blame(cluster, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    checks = nvidia_smi(tmp_path, monkeypatch, "sleep 30")
+    job_id = submit(run, spec=spec_of(run, checks=checks))
+    wait_for(lambda: list(run.glob("attempts/000/preflight/node_*")), "the good node's answer")
+    preempt(cluster)
+    end = wait_ended(run).end
+    assert (end.cause, end.suspects) == ("preempted", {})
+    wait_for(lambda: state(job_id) == "PENDING", "the job in the queue")
 
 
 def test_a_job_that_gets_nowhere_ends(cluster, tmp_path):
@@ -162,7 +190,7 @@ def test_a_job_that_gets_nowhere_ends(cluster, tmp_path):
     for number in range(2):
         assert wait_ended(run, number).end.cause == "crashed"
         wait_for(lambda: state(job_id) == "PENDING", "the job in the queue")
-        client.update(job_id, StartTime="now")
+        client.update(job_id, StartTime="now+2")
     end = wait_ended(run, 2).end
     assert end.cause == "gave_up"
     assert "3 attempts in a row saved nothing beyond step 0" in end.why
@@ -180,7 +208,7 @@ def test_a_dead_node(cluster, tmp_path, which):
     orphan = next(each for each in ranks(attempt) if each["node"] == node)
     cluster.kill_node(node)
     wait_for(lambda: state(job_id) == "PENDING", "the job in the queue")
-    client.update(job_id, StartTime="now")
+    client.update(job_id, StartTime="now+2")
     again = wait_running(run, 1)
     assert node not in again.begin.nodes
     end = read_attempts(run)[0].end

@@ -63,7 +63,13 @@ def test_a_node_to_blame_is_left_out_until_too_few_are_left(cluster, tmp_path):
 
 def test_a_job_takes_fewer_nodes_when_it_has_waited_enough_and_all_again_later(cluster, tmp_path):
     run = tmp_path / "run"
-    busy = ("--nodes=2", "--exclusive", "--partition=high", "--wrap=sleep 300")
+    busy = (
+        "--nodes=2",
+        "--exclusive",
+        "--partition=high",
+        "--output=/dev/null",
+        "--wrap=sleep 300",
+    )
     other = cluster.slurm("sbatch", "--parsable", *busy).strip()
     wait_for(lambda: state(other) == "RUNNING", "the other job")
     with supervised(tmp_path):

@@ -1,5 +1,7 @@
 """A small all-reduce with one rank per node: do the nodes find each other, and add right?"""
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -7,12 +9,15 @@ import torch
 import torch.distributed as dist
 
 from trainer.runtime.env import read_rank_env
+from trainer.runtime.signals import EXIT_REQUEUE, STOP_SIGNALS
 
 _NUMBERS = 1 << 20
 
 
 def main(argv: Sequence[str]) -> None:
     """`python -m trainer.runtime.meet cpu|cuda`, once per node."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
     device = argv[0]
     env = read_rank_env()
     dist.init_process_group(
