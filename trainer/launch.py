@@ -13,7 +13,7 @@ from pathlib import Path
 from slurm import client
 from slurm.render import sbatch_script
 from slurm.runfile import CODE, JOBS, PLAN, SCRIPT, append_row, read_json, write_json, write_spec
-from slurm.site import advice
+from slurm.site import advice, misfit, site_nodes
 from slurm.spec import Checks, JobSpec, RunSpec, Site
 from trainer.command import run_command
 from trainer.config import LaunchConfig, TrainConfig
@@ -49,6 +49,7 @@ def run(cfg: LaunchConfig) -> int:
         sys.stdout.write(f"# sbatch {train.run}/{SCRIPT}\n{sbatch_script(job)}")
         return 0
     check_datasets(train)
+    check_fits(job)
     folder = Path(train.run)
     with locked(folder, ".launch.lock", doing="launched"):
         if is_done(folder, train) or is_queued(folder):
@@ -120,6 +121,24 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
         return client.submit(script, options)
     except client.SlurmError as error:
         raise BadWorld(f"{error}{advice()}") from error
+
+
+def check_fits(job: JobSpec) -> None:
+    """Refuse a job that Slurm would queue for ever.
+
+    Raises:
+        BadInput: The site has no such nodes; what it has is told.
+        BadWorld: Slurm does not say.
+    """
+    with slurm_errors():
+        wants = misfit(job, site_nodes())
+    if wants is not None:
+        where = f"partition {job.site.partition}" if job.site.partition else "its partition"
+        raise BadInput(
+            f"the job {job.name} wants {wants}, which {where} has not. Change cluster.num_nodes, "
+            "ranks_per_node, time_limit_min, engine.threads_per_rank or slurm.partition."
+            f"{advice()}"
+        )
 
 
 @contextmanager

@@ -120,6 +120,8 @@ def run(fixed: Sequence[str], combinations: Sequence[Sequence[str]]) -> int:
         return _show(tasks(), folder, first.at_once)
     for config in {repr(task.config.data): task.config for task in tasks()}.values():
         launch.check_datasets(config)
+    for array in arrays(tasks(), _USUAL_ARRAY_SIZE, folder=folder, at_once=None):
+        launch.check_fits(array.job)
     with locked(folder, ".launch.lock", doing="launched"), launch.slurm_errors():
         due = list(_due(tasks(), folder))
         if due:

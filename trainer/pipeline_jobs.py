@@ -23,7 +23,12 @@ class Job:
 
     name: str
     path: Path
-    script: str
+    spec: JobSpec
+
+    @property
+    def script(self) -> str:
+        """What sbatch gets."""
+        return sbatch_script(self.spec)
 
 
 def jobs_of(cfg: PipelineConfig, stages: Sequence[Stage]) -> Iterator[Job]:
@@ -39,7 +44,14 @@ def jobs_of(cfg: PipelineConfig, stages: Sequence[Stage]) -> Iterator[Job]:
                 yield _job(cfg, stage.name, stage.config, _command(cfg, stage))
         else:
             spec, _ = launch.jobs_of(train_config(cfg, stage), cfg.name)
-            yield Job(stage.name, cfg.folder / SCRIPT, sbatch_script(spec))
+            yield Job(stage.name, cfg.folder / SCRIPT, spec)
+
+
+def first_tasks(cfg: PipelineConfig, stages: Sequence[Stage]) -> Iterator[Job]:
+    """Give one task of each stage whose tasks will be counted: what all of them will ask for."""
+    for stage in stages:
+        if stage.is_counted:
+            yield from array_jobs(cfg, stage, (0,), width=1, most=1)
 
 
 def array_jobs(
@@ -125,4 +137,4 @@ def _job(
         )
     except ValueError as error:
         raise BadInput(f"{name.removesuffix('-coordinator')}: {error}") from error
-    return Job(name, folder / f"{file or name}.sbatch", sbatch_script(spec))
+    return Job(name, folder / f"{file or name}.sbatch", spec)

@@ -11,7 +11,7 @@ from slurm import chain, client
 from slurm.runfile import JOBS, append_row
 from trainer import launch
 from trainer.config_pipeline import PipelineConfig
-from trainer.pipeline_jobs import Job, array_jobs, jobs_of
+from trainer.pipeline_jobs import Job, array_jobs, first_tasks, jobs_of
 from trainer.pipeline_stages import PIPELINE, Stage, freeze_pipeline, train_config
 from trainer.runtime.rundir import locked
 
@@ -36,6 +36,8 @@ def submit(cfg: PipelineConfig, stages: Sequence[Stage]) -> int:
         jobs = list(jobs_of(cfg, stages))
         if not jobs:
             return 0
+        for job in (*jobs, *first_tasks(cfg, stages)):
+            launch.check_fits(job.spec)
         freeze_pipeline(cfg)
         for stage in stages:
             if stage.name == "train":

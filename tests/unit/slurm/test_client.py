@@ -2,7 +2,6 @@ import pytest
 
 from slurm import client
 from slurm.client import Queued, SlurmError, _fields
-from slurm.site import advice
 
 
 def tool(folder, name, does):
@@ -48,11 +47,6 @@ def test_only_kilns_jobs_have_a_folder():
     fields = dict.fromkeys(Queued.__dataclass_fields__, "")
     assert Queued(**{**fields, "comment": "kiln:/a b"}).folder.as_posix() == "/a b"
     assert Queued(**{**fields, "comment": "mine"}).folder is None
-
-
-def test_advice_is_empty_where_nobody_answers(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert advice() == ""
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@ import sys
 import pytest
 
 from trainer.cli import main
-from trainer.launch import snapshot
+from trainer.config import LaunchConfig
+from trainer.frozen import compose
+from trainer.launch import jobs_of, snapshot
 
 LAUNCH = [
     "launch",
@@ -66,3 +68,33 @@ def test_the_snapshot_has_the_code_and_the_versions_and_is_made_once(tmp_path):
     (tmp_path / "code/trainer/worker.py").write_text("as it was")
     snapshot(tmp_path)
     assert (tmp_path / "code/trainer/worker.py").read_text() == "as it was"
+
+
+def test_containers_wrap_ranks_and_not_the_batch_script(tmp_path):
+    inside = "{kind: %s, image: /shared/kiln.img, mounts: ['/data:/data'], python: python3}"
+    words = ["name=x", f"run={tmp_path}", *LAUNCH[2:]]
+    found = {}
+    for kind in ("pyxis", "apptainer"):
+        container = f"cluster.slurm.container={inside % kind}"
+        cfg = compose(LaunchConfig, "launch", [*words, container])
+        job, found[kind] = jobs_of(cfg, "x")
+        assert job.command[0] == sys.executable
+    mounts = f"{tmp_path}:{tmp_path},/data:/data"
+    rank = ("python3", "-m", "trainer.worker", str(tmp_path))
+    assert found["pyxis"].worker == rank
+    assert found["pyxis"].srun == (
+        "--container-image=/shared/kiln.img",
+        f"--container-mounts={mounts}",
+    )
+    before = ("apptainer", "exec", "--nv", "--bind", mounts, "/shared/kiln.img")
+    assert found["apptainer"].worker == (*before, *rank)
+    assert found["apptainer"].srun == ()
+
+
+def test_a_run_may_shrink_to_counts_that_its_batch_allows(tmp_path):
+    words = ["name=x", f"run={tmp_path}", *LAUNCH[2:], "cluster.num_nodes=16"]
+    sizes = ["batch.global_batch_images=2048", "batch.micro_batch_images=8"]
+    cfg = compose(LaunchConfig, "launch", [*words, *sizes, "cluster.slurm.min_nodes=3"])
+    assert jobs_of(cfg, "x")[1].node_counts == (16, 8, 4)
+    cfg = compose(LaunchConfig, "launch", [*words, *sizes])
+    assert jobs_of(cfg, "x")[1].node_counts == (16,)
