@@ -86,9 +86,15 @@ def read_spec(run: Path) -> RunSpec | None:
 
 
 def saved_step(run: Path) -> int:
-    """Return the step of the newest checkpoint; 0 for none."""
+    """Return the step of the newest checkpoint; 0 for none.
+
+    Runs of Kiln before it wrote that down tell it by their folders.
+    """
     saved = read_json(run / SAVED)
-    return int(saved["step"]) if saved else 0
+    if saved is not None:
+        return int(saved["step"])
+    records = run.glob("checkpoints/step_*/checkpoint.json")
+    return max((int(path.parent.name.removeprefix("step_")) for path in records), default=0)
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

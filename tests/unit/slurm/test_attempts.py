@@ -7,7 +7,7 @@ import pytest
 from slurm.attempts import End, begin_attempt, end_attempt, gives_up, read_attempts
 from slurm.judgement import Evidence, judge
 from slurm.lost import why_lost
-from slurm.runfile import read_spec, run_folders, write_json, write_spec
+from slurm.runfile import read_spec, run_folders, saved_step, write_json, write_spec
 from slurm.spec import Checks, RunSpec
 from slurm.step import Died, Ended
 from slurm.suspects import Suspicion, to_leave_out
@@ -167,3 +167,14 @@ def test_half_written_files_are_never_read(tmp_path):
     (tmp_path / ".saved.json.partial").write_text("{")
     write_json(tmp_path / "saved.json", {"step": 3})
     assert json.loads((tmp_path / "saved.json").read_text()) == {"step": 3}
+
+
+def test_the_newest_checkpoint_is_known_without_looking_for_it(tmp_path):
+    assert saved_step(tmp_path) == 0
+    for step, name in ((8, "checkpoint.json"), (16, "checkpoint.json"), (24, "weights")):
+        folder = tmp_path / f"checkpoints/step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    assert saved_step(tmp_path) == 16
+    write_json(tmp_path / "saved.json", {"step": 40, "images_seen": 1})
+    assert saved_step(tmp_path) == 40
