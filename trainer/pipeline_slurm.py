@@ -74,8 +74,8 @@ def submit_chain(scripts: Sequence[Path], marker: Path) -> list[str]:
 
 def show(cfg: PipelineConfig, stages: Sequence[Stage]) -> int:
     """Print what would be submitted; touches nothing."""
-    for line in _lines(cfg, stages):
-        sys.stdout.write(f"{line}\n")
+    lines = list(_lines(cfg, stages))  # refuses all that it can before it prints any
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0
 
 

@@ -33,7 +33,6 @@ SITE = [
     "cluster.slurm.account=''",
     "cluster.slurm.exclusive=false",
     "cluster.slurm.memory_gb=2",
-    "cluster.slurm.env={}",
     "cluster.slurm.preflight.min_free_gb=0.1",
 ]
 
