@@ -5,6 +5,18 @@ from typing import Any
 from trainer.config import TrainConfig
 from trainer.frozen import freeze
 
+SMALL_NETWORK = [
+    "model=transformer_tiny",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.head_width=16",
+    "batch.global_batch_images=8",
+    "batch.micro_batch_images=4",
+    "logging.every_steps=1",
+    "logging.wandb=off",
+]
+"""The same as words for the commands."""
+
 
 def tiny_config(**changes: Any) -> TrainConfig:
     """Freeze a tiny transformer's run; `changes` are dotted keys with '__' for dots."""

@@ -4,20 +4,11 @@ from pathlib import Path
 
 from data_prep import sources
 from data_prep.config import SourceConfig
+from tests.tiny import SMALL_NETWORK
 from tests.tiny_source import free_port
 from trainer.frozen import compose
 
-NETWORK = (
-    "model=transformer_tiny",
-    "model.num_layers=1",
-    "model.num_heads=2",
-    "model.head_width=16",
-    "batch.global_batch_images=8",
-    "batch.micro_batch_images=4",
-    "logging.every_steps=1",
-    "logging.wandb=off",
-    "total_images=16",
-)
+NETWORK = (*SMALL_NETWORK, "total_images=16")
 EVALUATION = (
     "num_captions=2",
     "num_unseen_pairs=0",

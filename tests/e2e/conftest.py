@@ -8,17 +8,6 @@ import pytest
 
 from tests.tiny_source import free_port
 
-SMALL_NETWORK = [
-    "model=transformer_tiny",
-    "model.num_layers=1",
-    "model.num_heads=2",
-    "model.head_width=16",
-    "batch.global_batch_images=8",
-    "batch.micro_batch_images=4",
-    "logging.every_steps=1",
-    "logging.wandb=off",
-]
-
 
 def kiln(*words: str, timeout_s: float = 300, code: int = 0) -> str:
     """Run a command as a user would and return all that it said."""

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.e2e.conftest import SMALL_NETWORK, kiln
+from tests.e2e.conftest import kiln
+from tests.tiny import SMALL_NETWORK
 
 pytestmark = pytest.mark.e2e
 

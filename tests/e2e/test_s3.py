@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from data_prep.serve import serving
-from tests.e2e.conftest import SMALL_NETWORK
 from tests.s3_server import BUCKET, S3Server, needs_s3
 from tests.streams import latents, load, pictures
+from tests.tiny import SMALL_NETWORK
 from tests.tiny_source import make_source, prepare_cfg, prepare_overrides, publish_here, tree_hashes
 from trainer.data.manifest import load_manifest
 from trainer.data.publish import publish_bytes

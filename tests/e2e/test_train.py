@@ -12,7 +12,8 @@ import psutil
 import pytest
 import torch
 
-from tests.e2e.conftest import SMALL_NETWORK, kiln
+from tests.e2e.conftest import kiln
+from tests.tiny import SMALL_NETWORK
 from trainer.data.manifest import load_manifest
 from trainer.observe.accounts import close_check
 from trainer.observe.jsonl import read_rows

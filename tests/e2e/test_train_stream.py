@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import SMALL_NETWORK, kiln
+from tests.e2e.conftest import kiln
+from tests.tiny import SMALL_NETWORK
 from trainer.observe.jsonl import read_rows
 from trainer.place import place
 from trainer.runtime.checkpoint import read_state
