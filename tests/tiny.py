@@ -1,6 +1,9 @@
 """The smallest real training configuration, for tests that need one."""
 
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from trainer.config import TrainConfig
 from trainer.frozen import freeze
@@ -16,6 +19,11 @@ SMALL_NETWORK = [
     "logging.wandb=off",
 ]
 """The same as words for the commands."""
+
+
+_CLUSTERS = Path(__file__).parents[1] / "conf/cluster"
+SLURM = yaml.safe_load((_CLUSTERS / "_slurm.yaml").read_text())["slurm"]
+"""What a site is asked for when nothing else is said."""
 
 
 def tiny_config(**changes: Any) -> TrainConfig:

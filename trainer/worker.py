@@ -45,6 +45,8 @@ def plan_from(cfg: TrainConfig, run: Path) -> Plan:
 
 def on_world(cfg: TrainConfig, world: int) -> TrainConfig:
     """Return the config for so many ranks: `kiln supervise` may have taken fewer nodes."""
+    if cfg.cluster.kind == "local":
+        return cfg
     num_nodes = max(1, world // cfg.cluster.ranks_per_node)
     return replace(cfg, cluster=replace(cfg.cluster, num_nodes=num_nodes))
 

@@ -32,6 +32,7 @@ LONG = [
 ]
 
 
+@pytest.mark.long
 def test_chaos(cluster, tmp_path, capsys):
     dataset = publish(tmp_path)
     calm, run = tmp_path / "calm", tmp_path / "runs/stormy"

@@ -55,6 +55,7 @@ def logs(run: Path) -> str:
     return "\n".join(f"{path.name}:\n{path.read_text()}" for path in paths)
 
 
+@pytest.mark.long
 def test_the_whole_way_as_jobs_whatever_is_edited_meanwhile(cluster, source, tmp_path):
     repository, run = tmp_path / "repository", tmp_path / "whole"
     for name in ("trainer", "data_prep", "slurm", "conf"):

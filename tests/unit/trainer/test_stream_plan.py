@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from tests.latents_without_encoders import make_dataset
-from tests.tiny import tiny_config
+from tests.tiny import SLURM, tiny_config
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.data.manifest import list_encodings, load_manifest
@@ -18,7 +18,12 @@ from trainer.stream_plan import StreamPlan, show
 
 def plan_of(*datasets, **changes):
     mix = [{"dataset": str(dataset), "weight": 1.0} for dataset in datasets[1:]]
-    own = {"data__dataset": str(datasets[0]), "data__mix": mix, "cluster__kind": "slurm"}
+    own = {
+        "data__dataset": str(datasets[0]),
+        "data__mix": mix,
+        "cluster__kind": "slurm",
+        "cluster__slurm": SLURM,
+    }
     cfg = tiny_config(**own, **changes)
     opened = [Dataset(d, load_manifest(d), list_encodings(d)[0]) for d in datasets]
     return StreamPlan(cfg, make_plan(cfg), opened, find_law(cfg, opened, None))
