@@ -24,7 +24,7 @@ from slurm.attempts import (
     gives_up,
     read_attempts,
 )
-from slurm.judgement import EXIT_FINAL, EXIT_REFUSED, EXIT_REQUEUE, Evidence, Judgement, judge
+from slurm.judgement import EXIT_REFUSED, Evidence, Judgement, judge
 from slurm.lost import close_lost
 from slurm.preflight import asking, judge_answers, read_answers
 from slurm.rendezvous import rendezvous
@@ -32,6 +32,7 @@ from slurm.runfile import STOP, read_json, read_spec, saved_step
 from slurm.spec import EARLY_WARNING_S, RunSpec
 from slurm.step import Ended, Steps
 from trainer.runtime.ending import cause, read_failures, read_stuck, stuck_ranks
+from trainer.runtime.signals import EXIT_FINAL, EXIT_REQUEUE
 
 log = logging.getLogger(__name__)
 

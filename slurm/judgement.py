@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from slurm.attempts import Cause
 from slurm.step import Died, Ended
+from trainer.runtime.signals import EXIT_FINAL, EXIT_REQUEUE
 
-EXIT_REFUSED, EXIT_REQUEUE, EXIT_FINAL = 2, 85, 93
+EXIT_REFUSED = 2
 _CERTAIN, _LIKELY = 1.0, 0.5
 _MEANT: Mapping[int, Cause] = {EXIT_REFUSED: "refused", EXIT_FINAL: "superseded"}
 

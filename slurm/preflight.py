@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from slurm.judgement import EXIT_REQUEUE
 from slurm.runfile import read_json, write_json
 from slurm.spec import Checks
+from trainer.runtime.signals import EXIT_REQUEUE
 
 QUESTION = "question.json"
 _GB = 1e9
