@@ -1,5 +1,6 @@
 """A real Slurm of four nodes with eight fake GPUs each, on this machine: Debian's slurm-wlm."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -8,6 +9,8 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+
+import psutil
 
 from tests.tiny_source import free_port
 
@@ -38,7 +41,7 @@ StateSaveLocation={folder}/state
 SlurmctldLogFile={folder}/log/ctld.log
 SlurmdLogFile={folder}/log/%n.log
 SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmdTimeout=20
 KillWait=5
 MinJobAge=600
 SchedulerType=sched/backfill
@@ -128,7 +131,11 @@ class VirtualCluster:
             os.kill(stepd, signal.SIGKILL)
 
     def start_node(self, node: str) -> None:
-        """Start a node's slurmd."""
+        """Start a node's slurmd; one that runs would be killed for it, and is left alone."""
+        with contextlib.suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
+            old = psutil.Process(int((self.folder / f"run/{node}.pid").read_text()))
+            if old.name() == "slurmd" and old.status() != psutil.STATUS_ZOMBIE:
+                return
         self._do("slurmd", "-c", "-N", node, "-f", str(self.conf))
 
     def kill_node(self, node: str) -> None:
@@ -153,6 +160,10 @@ class VirtualCluster:
                 return
             time.sleep(0.2)
         raise AssertionError(f"the cluster is not ready: {states}; logs in {self.folder}/log")
+
+    def controller_log(self) -> str:
+        """Return what the controller told of since it was started."""
+        return (self.folder / "log/ctld.log").read_text(errors="replace")
 
     def jobs(self) -> dict[str, str]:
         """Return the states of all jobs by number."""

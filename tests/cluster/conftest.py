@@ -1,5 +1,7 @@
 """A real Slurm for the tests of jobs; without it they say what to install, and in CI they fail."""
 
+import sys
+
 import pytest
 
 from tests.conftest import skip_unless_ci
@@ -21,6 +23,8 @@ def cluster(virtual_cluster, monkeypatch):
     for name, value in virtual_cluster.env.items():
         monkeypatch.setenv(name, value)
     yield virtual_cluster
+    seen = virtual_cluster.slurm("squeue", "-a", "-t", "all", check=False)
+    sys.stdout.write(seen + virtual_cluster.controller_log()[-10_000:])  # beside a failure
     virtual_cluster.slurm("scancel", "--me", check=False)
     for node in NODES:
         virtual_cluster.start_node(node)

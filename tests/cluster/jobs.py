@@ -69,7 +69,7 @@ def submit(run: Path, job: JobSpec | None = None, spec: RunSpec | None = None) -
     return client.submit(run / SCRIPT)
 
 
-def wait_for(what: Callable[[], Any], told: str, timeout_s: float = 90) -> Any:
+def wait_for(what: Callable[[], Any], told: str, timeout_s: float = 240) -> Any:
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         found = what()
@@ -89,7 +89,7 @@ def ranks(attempt: Attempt) -> list[dict[str, Any]]:
     return found
 
 
-def wait_running(run: Path, number: int = 0, count: int = 4, timeout_s: float = 90) -> Attempt:
+def wait_running(run: Path, number: int = 0, count: int = 4, timeout_s: float = 240) -> Attempt:
     """Wait until all ranks of an attempt are there."""
 
     def ready() -> Attempt | None:
@@ -102,7 +102,7 @@ def wait_running(run: Path, number: int = 0, count: int = 4, timeout_s: float = 
     return found
 
 
-def wait_ended(run: Path, number: int = 0, timeout_s: float = 90) -> Attempt:
+def wait_ended(run: Path, number: int = 0, timeout_s: float = 240) -> Attempt:
     def ended() -> Attempt | None:
         attempts = read_attempts(run)
         return attempts[number] if len(attempts) > number and attempts[number].end else None
@@ -112,7 +112,8 @@ def wait_ended(run: Path, number: int = 0, timeout_s: float = 90) -> Attempt:
 
 
 def heard(attempt: Attempt) -> list[set[str]]:
-    found = sorted(attempt.folder.glob("heard_*.json"))
+    """Return what each of the four ranks heard before it left."""
+    found = [attempt.folder / f"heard_{rank}.json" for rank in range(4)]
     return [set(json.loads(path.read_text())) for path in found]
 
 

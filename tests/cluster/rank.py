@@ -18,9 +18,11 @@ def main(run: Path) -> int:
     rank = int(os.environ["SLURM_PROCID"])
     heard: list[str] = []
 
+    def note() -> None:
+        (attempt / f"heard_{rank}.json").write_text(json.dumps(heard))
+
     def hear(number: int, _frame: object) -> None:
         heard.append(signal.Signals(number).name)
-        (attempt / f"heard_{rank}.json").write_text(json.dumps(heard))
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(number, hear)
@@ -35,6 +37,7 @@ def main(run: Path) -> int:
         step += 1
         if STOP & set(heard):
             time.sleep(0.3)  # what Slurm says besides
+            note()
             if rank == 0:
                 saved = {"step": 1000 * int(attempt.name) + step, "images_seen": step}
                 (run / "saved.json").write_text(json.dumps(saved))

@@ -77,7 +77,7 @@ def test_training_goes_on_with_fewer_nodes_at_the_same_batch(cluster, dataset, t
     with supervised(run.parent):
         shrinks = ["cluster.slurm.min_nodes=1", "cluster.slurm.shrink_after_min=0.05"]
         assert launch(dataset, run, *SHORT, *shrinks) == 0
-        assert wait_ended(run, 0, timeout_s=120).end.cause == "finished"
+        assert wait_ended(run).end.cause == "finished"
     (attempt,) = read_attempts(run)
     assert len(attempt.begin.nodes) == 1
     expected = losses(calm)

@@ -38,7 +38,7 @@ def line(source: Path, run: Path, *more: str) -> list[str]:
     return ["pipeline", *words(source, run, *SITE, *QUICKLY, *more)]
 
 
-def wait_for_all(run: Path, timeout_s: float = 180) -> dict[str, str]:
+def wait_for_all(run: Path, timeout_s: float = 420) -> dict[str, str]:
     """Wait until no job of a pipeline is left; return how the last ones ended, by stage."""
 
     def are_gone() -> bool:
@@ -55,7 +55,7 @@ def logs(run: Path) -> str:
     return "\n".join(f"{path.name}:\n{path.read_text()}" for path in paths)
 
 
-@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_whole_way_as_jobs_whatever_is_edited_meanwhile(cluster, source, tmp_path):
     repository, run = tmp_path / "repository", tmp_path / "whole"
     for name in ("trainer", "data_prep", "slurm", "conf"):
