@@ -40,6 +40,10 @@ class Silent:
     def at(self, _phase: str) -> None:
         """Hear nothing."""
 
+    def spent_j(self) -> float:
+        """Have no meter."""
+        return 0.0
+
     def after_step(self, _progress: Progress, _facts: StepFacts) -> None:
         """Do nothing."""
 

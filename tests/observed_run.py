@@ -29,6 +29,7 @@ class Model:
     """Ten watts by the clock, known from a model."""
 
     provenance = "tdp_model"
+    device = None
 
     def __init__(self, clock):
         self._clock = clock
@@ -72,8 +73,7 @@ def open_ledger(folder: Path, now: Now, *, stage: str) -> Ledger:
         folder / "ledger.jsonl",
         stage=stage,
         meters=(Model(now),),
-        flush_every_s=1e9,
-        clock=Clock(now, now),
+        clock=Clock(now, now, flush_every_s=1e9),
     )
 
 

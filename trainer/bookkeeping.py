@@ -1,43 +1,31 @@
-"""What happens beside training: ledger, metrics, progress and checkpoints, each when it is due."""
+"""What happens beside training: accounts, checkpoints and rollbacks, each when it is due."""
 
-import logging
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-import psutil
-
+from trainer.accounting import Metrics, open_ledger
 from trainer.build import Built
 from trainer.config import TrainConfig
 from trainer.data.publish import publish_json
 from trainer.datasets import STREAM
 from trainer.errors import BadWorld
-from trainer.frozen import thaw
 from trainer.loop import Mine, Progress, StepFacts
-from trainer.observe.energy import open_meters
-from trainer.observe.evaluations import METRICS, Merger, best_images, hold_metrics
+from trainer.observe.evaluations import best_images
 from trainer.observe.jsonl import JsonLines
-from trainer.observe.ledger import Ledger
-from trainer.observe.meters import Throughput
-from trainer.observe.sinks import Sinks
 from trainer.plan import Plan
 from trainer.runtime.checkpoint import TrainState
 from trainer.runtime.comm import Comm
+from trainer.runtime.env import RankEnv
 from trainer.runtime.pulse import Pulse
 from trainer.runtime.rollback import Rollback
 from trainer.runtime.rundir import SAVED, checkpoints_of, is_superseded
 from trainer.runtime.saver import Saver, Superseded
 from trainer.runtime.snapshot import Snapshot
 from trainer.runtime.stragglers import Stragglers
-
-log = logging.getLogger(__name__)
-
-MERGE_EVERY_S = 30.0
-"""How often training looks for evaluations that finished meanwhile."""
 
 PHASES = {
     "data_stall": "data",
@@ -48,110 +36,6 @@ PHASES = {
 """What a rank does in the time that goes to these buckets of the ledger."""
 
 
-class Accounts:
-    """Seconds, joules and metrics of one attempt; rank 0 keeps them, the others keep none."""
-
-    def __init__(
-        self, run: Path, cfg: TrainConfig, plan: Plan, *, attempt: int, launcher_pid: int | None
-    ) -> None:
-        """Open ledger and sinks; the joules count the whole tree of `launcher_pid`, all ranks."""
-        self._merger, self._merged_s = Merger(run), -MERGE_EVERY_S
-        self._held = hold_metrics(run)
-        if self._held is None:  # a node that is dead may hold it on NFS: no reason not to train
-            log.warning(
-                "%s cannot be locked: is this run trained twice, or has its file system no locks?",
-                run / METRICS,
-            )
-        meters = open_meters(tdp_w_per_core=cfg.logging.tdp_w_per_core, root_pid=launcher_pid)
-        # The launcher was born for this attempt: its imports and its ranks' are `init`.
-        born = psutil.Process(launcher_pid).create_time() if launcher_pid else None
-        self.ledger = Ledger(
-            run / "ledger.jsonl",
-            stage="train",
-            attempt=attempt,
-            meters=meters,
-            started_unix_s=born,
-        )
-        self._sinks = Sinks.open(
-            run,
-            attempt=attempt,
-            total_steps=plan.total_steps,
-            config=thaw(cfg),
-            wandb=cfg.logging.wandb,
-            project=cfg.logging.wandb_project,
-            progress="quiet" if cfg.logging.quiet else "auto",
-        )
-        self._plan = plan
-        self._speed = Throughput()
-        self._encodes = cfg.data.latents == "online"
-        self._spent_s: defaultdict[str, float] = defaultdict(float)
-        self._last_spent_s = self._spent_s
-
-    @contextmanager
-    def span(self, bucket: str) -> Iterator[None]:
-        """Account the time inside to a bucket."""
-        started_s = time.monotonic()
-        with self.ledger.span(bucket):
-            yield
-        self._spent_s[bucket] += time.monotonic() - started_s
-
-    def begin(self, progress: Progress) -> None:
-        """Training starts or goes on from here."""
-        self.ledger.resume_at(progress.step)
-        self.ledger.switch("productive")
-        self._speed = Throughput()
-
-    def count(self, progress: Progress) -> None:
-        """Count a step."""
-        self.ledger.reach(progress.step)
-        self._last_spent_s, self._spent_s = self._spent_s, defaultdict(float)
-        waited_s = self._last_spent_s["data_stall"]
-        self._speed.add(images=self._plan.images_per_step, data_wait_s=waited_s)
-
-    def log_step(self, progress: Progress, facts: StepFacts, slowest: float | None) -> None:
-        """Log a step that was counted; `slowest` is how many times the median rank needs."""
-        encoding = {"time/encoding_s": self._last_spent_s["encoding"]} if self._encodes else {}
-        self._sinks.log(
-            {
-                "step": progress.step,
-                "images_seen": progress.images_seen,
-                "train/loss": facts.loss,
-                "train/grad_norm": facts.grad_norm,
-                "train/lr": facts.learning_rate,
-                "speed/images_per_s": self._speed.images_per_s,
-                "speed/data_wait_frac": self._speed.data_wait_frac,
-                "speed/slowest_rank_ratio": slowest,
-                "time/data_wait_s": self._last_spent_s["data_stall"],
-                **encoding,
-                "time/left_s": self._speed.time_left_s(
-                    (self._plan.total_steps - progress.step) * self._plan.images_per_step
-                ),
-            }
-        )
-        if time.monotonic() - self._merged_s >= MERGE_EVERY_S:
-            self._merge_evaluations()
-
-    def roll_back(self, step: int, back_to_step: int) -> None:
-        """Count the steps up to `step` behind `back_to_step` as lost."""
-        self.ledger.reach(step)
-        self.ledger.resume_at(back_to_step)
-
-    def close(self, *, exit_code: int) -> None:
-        """Close ledger and sinks."""
-        self.ledger.switch("drain")
-        self._merge_evaluations()
-        self._sinks.close(exit_code=exit_code)
-        if self._held is not None:
-            self._held.close()
-        self.ledger.close()
-
-    def _merge_evaluations(self) -> None:
-        """Log what `kiln evaluate` found meanwhile: nobody else may write metrics.jsonl now."""
-        self._merged_s = time.monotonic()
-        for row in self._merger.rows():
-            self._sinks.log(row)
-
-
 class Bookkeeper:
     """The loop's observer on every rank."""
 
@@ -160,34 +44,32 @@ class Bookkeeper:
         cfg: TrainConfig,
         plan: Plan,
         comm: Comm,
+        env: RankEnv,
         *,
-        attempt: int,
         launcher_pid: int | None,
         pulse: Pulse | None = None,
     ) -> None:
-        """Open the accounts on rank 0.
+        """Open the accounts.
 
         Args:
             cfg: Of the run.
             plan: Of the run.
             comm: Of all ranks.
-            attempt: Number of the attempt.
+            env: Of this rank.
             launcher_pid: The process whose children all ranks are; None if there is none.
             pulse: What a watchdog watches, if there is one.
         """
         self._run, self._cfg, self._plan, self._comm = Path(cfg.run), cfg, plan, comm
-        self._attempt, self._pulse = attempt, pulse or Pulse()
+        self._attempt, self._pulse = env.attempt, pulse or Pulse()
         self._stragglers = Stragglers(
             comm,
             self._pulse,
             slow_rank_ratio=cfg.watchdog.slow_rank_ratio,
             is_forward_own=cfg.engine.zero_stage < 3,
         )
-        self._accounts = (
-            Accounts(self._run, cfg, plan, attempt=attempt, launcher_pid=launcher_pid)
-            if comm.rank == 0
-            else None
-        )
+        self._ledger = open_ledger(self._run, cfg, env, launcher_pid=launcher_pid)
+        self._metrics = None if comm.rank else Metrics(self._run, cfg, plan, attempt=env.attempt)
+        self._told_j = 0.0
         self._saved_step = self._recorded_step = -1
 
     @contextmanager
@@ -201,14 +83,23 @@ class Bookkeeper:
     @contextmanager
     def _accounted(self, bucket: str) -> Iterator[None]:
         with ExitStack() as stack:
-            if self._accounts:
-                stack.enter_context(self._accounts.span(bucket))
+            if self._ledger:
+                stack.enter_context(self._ledger.span(bucket))
+            if self._metrics:
+                stack.enter_context(self._metrics.timed(bucket))
             yield
 
     def at(self, phase: str) -> None:
         """Tell the watchdog what this rank does, and how long it did what it did before."""
         self._pulse.enter(phase)
         self._stragglers.enter(phase)
+
+    def spent_j(self) -> float:
+        """Return the joules that this node's meters counted since the last call."""
+        if self._ledger is None:
+            return 0.0
+        before, self._told_j = self._told_j, self._ledger.total_j
+        return self._told_j - before
 
     def begin(self, built: Built, progress: Progress) -> None:
         """Training of what was built starts or goes on from `progress`."""
@@ -233,9 +124,12 @@ class Bookkeeper:
         )
         snapshot.take(self._state(progress))
         self._saved_step = progress.step
-        if self._accounts:
+        if self._ledger:
+            self._ledger.resume_at(progress.step)
+            self._ledger.switch("productive")
+        if self._metrics:
             self._record_stream(progress)
-            self._accounts.begin(progress)
+            self._metrics.begin()
         self._pulse.step = progress.step + 1
         self._pulse.enter("log")
 
@@ -243,15 +137,17 @@ class Bookkeeper:
         """Log the step; save when due."""
         self._pulse.finish_step(progress.step)
         self.at("log")
-        if self._accounts:
-            self._accounts.count(progress)
+        if self._ledger:
+            self._ledger.reach(progress.step)
+        if self._metrics:
+            self._metrics.count(facts)
         last = progress.step == self._plan.total_steps
         if progress.step % self._cfg.logging.every_steps == 0 or progress.step == 1 or last:
             slowest = self._stragglers.compare()
-            if self._accounts:
+            if self._metrics:
                 if is_superseded(self._run, self._attempt):
                     raise Superseded(f"another attempt of {self._run} has begun; this one ends.")
-                self._accounts.log_step(progress, facts, slowest)
+                self._metrics.log_step(progress, facts, slowest, self._stragglers.split_s)
         with self._accounted("checkpoint_stall"):  # no wait for a disk, so nothing to be patient of
             self._saver.poll()
         self._record_saved()
@@ -270,8 +166,9 @@ class Bookkeeper:
                 losses=mine.losses,
                 exclude=self._built.feed.exclude,
             )
-        if self._accounts:
-            self._accounts.roll_back(progress.step, state.step)
+        if self._ledger:
+            self._ledger.reach(progress.step)
+            self._ledger.resume_at(state.step)
         progress.stream = self._built.feed.begin(state.stream)
         progress.step, progress.images_seen = state.step, state.images_seen
         self._pulse.step = state.step + 1
@@ -345,5 +242,9 @@ class Bookkeeper:
         trace: TracebackType | None,
     ) -> None:
         self._pulse.enter("end")
-        if self._accounts:
-            self._accounts.close(exit_code=0 if kind is None else 1)
+        if self._ledger:
+            self._ledger.switch("drain")
+        if self._metrics:
+            self._metrics.close(exit_code=0 if kind is None else 1)
+        if self._ledger:
+            self._ledger.close()

@@ -13,9 +13,9 @@ from trainer.models.locations import PACKAGE
 from trainer.observe.accounts import totals
 from trainer.observe.evaluations import METRICS, training_rows
 from trainer.observe.jsonl import read_rows
-from trainer.observe.ledger import read_account
 from trainer.observe.report_numbers import duration, in_joules, score_label, score_text, scores
 from trainer.place import place
+from trainer.run_account import run_account
 from trainer.runtime.checkpoint import TrainState
 
 WEIGHTS = {"ema": "moving average", "raw": "as the optimizer left them"}
@@ -35,7 +35,7 @@ def training_facts(
 ) -> dict[str, Any]:
     """Say how the weights came about: what was trained on, for how long, and how it went."""
     metrics = training_rows(read_rows(run_dir / METRICS))
-    ledger = [row for row in read_rows(run_dir / "ledger.jsonl") if row["stage"] == "train"]
+    ledger = [row for row in run_account(run_dir) if row["stage"] == "train"]
     last = [row["train/loss"] for row in metrics[-_LAST_ROWS:]]
     sections = thaw(trained)
     facts: dict[str, Any] = {
@@ -100,7 +100,7 @@ def write_card(
         is_stock: Whether a class of diffusers loads it.
     """
     parts = [_FRONT, f"# {name}\n", _what(facts), _load(name, is_stock=is_stock), _data(facts)]
-    parts += [_cost(read_account(run_dir)), _evaluation(run_dir), _SYNTHETIC]
+    parts += [_cost(run_account(run_dir)), _evaluation(run_dir), _SYNTHETIC]
     text = "\n".join(part for part in parts if part)
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -46,6 +46,8 @@ class StepFacts:
     learning_rate: float
     is_stopping: bool
     """Some rank was told to stop."""
+    joules: float
+    """What the meters of all nodes counted since the step before."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class Observer(Protocol):
 
     def at(self, phase: str) -> None:
         """Hear what this rank does from now on, of what a step consists of."""
+
+    def spent_j(self) -> float:
+        """Return the joules that this rank has to tell of since the last call."""
 
     def after_step(self, progress: Progress, facts: StepFacts) -> None:
         """Hear of a finished step."""
@@ -144,8 +149,8 @@ def take_step(
     progress.stream = parts.advance(progress.stream)
     parts.ema.update(images_per_step=plan.images_per_step, images_seen=progress.images_seen)
     observer.at("agreement")
-    # One small collective a step: the loss over all ranks, and whether any was told to stop.
-    loss_sum = float(mine.losses.sum())
-    total, stopping = parts.comm.sum([loss_sum, float(stop.received is not None)])
+    # One small collective a step: loss and joules over all ranks, and whether any was told to stop.
+    loss_sum, was_told = float(mine.losses.sum()), float(stop.received is not None)
+    total, stopping, joules = parts.comm.sum([loss_sum, was_told, observer.spent_j()])
     loss = total / plan.images_per_step
-    return StepFacts(loss, engine.grad_norm, rate, stopping > 0), mine
+    return StepFacts(loss, engine.grad_norm, rate, stopping > 0, joules), mine

@@ -13,6 +13,7 @@ from trainer.errors import BadInput
 from trainer.observe.report_page import render
 from trainer.observe.story import DatasetFacts, read_config, read_story
 from trainer.place import place
+from trainer.run_account import run_account
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def write_report(cfg: ReportConfig) -> int:
     dataset_dir = _dataset_dir(cfg)
     story = read_story(
         run_dir,
-        dataset_dir=dataset_dir,
+        ledger=run_account(run_dir, dataset_dir),
         dataset=None if dataset_dir is None else dataset_facts(dataset_dir),
         versions=_versions(),
     )

@@ -61,9 +61,7 @@ def work(run: Path) -> int:
         comm = Comm(env, cfg.cluster.device)
         with (
             storage_errors(place(cfg.data.dataset)),
-            Bookkeeper(
-                cfg, plan, comm, attempt=env.attempt, launcher_pid=launcher_pid(), pulse=pulse
-            ) as books,
+            Bookkeeper(cfg, plan, comm, env, launcher_pid=launcher_pid(), pulse=pulse) as books,
         ):
             with books.span("restore"):
                 checkpoint = find_checkpoint(checkpoints_of(cfg), comm)

@@ -15,7 +15,10 @@ from tests.cluster.jobs import shorten, state, supervised, wait_ended, wait_for
 from tests.cluster.test_signals import preempt
 from tests.cluster.training import launch, losses, newest_step, publish, words
 from trainer.cli import main
+from trainer.observe.accounts import close_check, totals
+from trainer.observe.allocation import missing_frac
 from trainer.observe.jsonl import read_rows
+from trainer.run_account import CLOSES_WITHIN_FRAC, allocations_of, run_account
 from trainer.runtime.checkpoint import read_record
 from trainer.runtime.rundir import complete
 from trainer.runtime.weights import read_weights
@@ -51,6 +54,7 @@ def test_chaos(cluster, tmp_path, capsys):
     now, before = (read_weights(folder, "ema")[0] for folder in (run, calm))
     assert all(torch.equal(weight, before[name]) for name, weight in now.items())
     assert_no_orphan_wrote(run)
+    assert_account_closes(run)
 
 
 def storm(cluster, run):
@@ -112,3 +116,16 @@ def assert_no_orphan_wrote(run):
         assert row["time_unix_s"] < [*begins, math.inf][row["attempt"] + 1], row
     for folder in complete(run / "checkpoints"):
         assert read_record(folder).attempt < len(begins)
+
+
+def assert_account_closes(run):
+    """Every second that Slurm lent a node to the run is in one bucket, on both nodes."""
+    rows = run_account(run)
+    lent = allocations_of(run, rows)
+    assert missing_frac(rows, lent) < CLOSES_WITHIN_FRAC
+    assert all(closure.holds() for closure in close_check(rows) if closure.wall_s)
+    seconds = {bucket: total.seconds for (_, bucket), total in totals(rows).items()}
+    assert min(seconds[bucket] for bucket in ("queue", "init", "productive", "lost_work")) > 0
+    for allocation in lent:
+        nodes = {row["node"] for row in rows if row["attempt"] == allocation.attempt}
+        assert nodes == set(allocation.nodes)

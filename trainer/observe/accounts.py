@@ -1,4 +1,4 @@
-"""Sum a ledger: seconds and joules by stage and bucket, rolled-back work moved to lost work."""
+"""Sum ledgers: seconds and joules by stage and bucket, rolled-back work moved to lost work."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.observe.energy import MEASURED, Provenance
 from trainer.observe.ledger import Bucket
+from trainer.observe.merging import writer_of
 
 
 @dataclass
@@ -32,8 +33,8 @@ class Closure:
     """Whether the rows of one attempt fill the wall time between its first and its last."""
 
     stage: str
-    attempt: int
     rank: int
+    attempt: int
     wall_s: float
     """By the stamps of the wall clock, up to the start of the last period."""
     counted_s: float
@@ -48,10 +49,11 @@ def totals(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, Bucket], Total]
     """Sum rows by (stage, bucket).
 
     Productive time is shared out evenly over the steps of its row. The share of steps that were
-    done again later, because a resume or a rollback went back before them, is `lost_work`.
+    done again later, because a resume or a rollback went back before them, is `lost_work`. Seconds
+    are of nodes: two nodes for an hour are two hours.
 
     Args:
-        rows: Of one ledger, in the order they were written.
+        rows: Of one or several ledgers, each in the order it was written.
     """
     sums: defaultdict[tuple[str, Bucket], Total] = defaultdict(Total)
     lost_fracs = _lost_fracs(rows)
@@ -77,19 +79,18 @@ def measured_frac(parts: Sequence[Total]) -> float:
 
 def close_check(rows: Sequence[Mapping[str, Any]]) -> list[Closure]:
     """Compare, for each attempt, the seconds in its rows with the wall clock's stamps."""
-    periods: defaultdict[tuple[str, int, int], defaultdict[float, float]] = defaultdict(
-        lambda: defaultdict(float)
-    )
+    periods: defaultdict[Any, defaultdict[float, float]] = defaultdict(lambda: defaultdict(float))
     for row in rows:
-        key = (row["stage"], row["attempt"], row["rank"])
-        periods[key][row["start_unix_s"]] += row["seconds"]
+        periods[writer_of(row)][row["start_unix_s"]] += row["seconds"]
     return [
         Closure(
-            *key,
+            stage=stage,
+            rank=rank,
+            attempt=attempt,
             wall_s=max(seconds_at) - min(seconds_at),
             counted_s=sum(s for start, s in seconds_at.items() if start < max(seconds_at)),
         )
-        for key, seconds_at in periods.items()
+        for (stage, rank, attempt), seconds_at in periods.items()
     ]
 
 
@@ -100,14 +101,23 @@ def _interval(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _lost_fracs(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], float]:
-    """Return, for each productive interval, the share of it that was done again later."""
+    """Return, for each productive interval, the share of it that was done again later.
+
+    In a later attempt by any node, for that may have fewer of them; in the same one by the same.
+    """
     productive = {_interval(row): row for row in rows if row["bucket"] == Bucket.PRODUCTIVE}
-    redone_from: dict[tuple[str, int], int] = {}
+    latest_first = sorted(productive.items(), key=lambda item: item[1]["attempt"])[::-1]
+    in_later_attempts: dict[str, int] = {}
+    in_this: dict[tuple[str, int, int], int] = {}
     fracs = {}
-    for interval, row in reversed(productive.items()):
-        work, first_step = (row["stage"], row["rank"]), row["first_step"]
-        fracs[interval] = _lost_frac(row, redone_from.get(work))
-        redone_from[work] = min(first_step, redone_from.get(work, first_step))
+    for interval, row in latest_first:
+        stage, first_step = row["stage"], row["first_step"]
+        for other in [key for key in in_this if key[0] == stage and key[2] > row["attempt"]]:
+            step = in_this.pop(other)
+            in_later_attempts[stage] = min(step, in_later_attempts.get(stage, step))
+        known = (in_later_attempts.get(stage), in_this.get(writer_of(row)))
+        fracs[interval] = _lost_frac(row, min((s for s in known if s is not None), default=None))
+        in_this[writer_of(row)] = min(first_step, in_this.get(writer_of(row), first_step))
     return fracs
 
 

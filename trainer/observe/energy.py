@@ -27,6 +27,10 @@ class Meter(Protocol):
     def provenance(self) -> Provenance:
         """How the joules are known."""
 
+    @property
+    def device(self) -> str | None:
+        """What is metered, by a name that the node has once; None for one's own processes."""
+
     def read_j(self) -> float:
         """Return joules so far; never less than the call before."""
 
@@ -53,6 +57,7 @@ class CounterMeter:
         *,
         unit_j: float,
         provenance: Provenance,
+        device: str,
         wraps_at: int | None = None,
     ) -> None:
         """Start at the counter's present value.
@@ -62,10 +67,11 @@ class CounterMeter:
                 next read.
             unit_j: Joules per count.
             provenance: What the counter is.
+            device: What it counts.
             wraps_at: Largest value before it starts at 0 again. None: it never wraps, so that a
                 smaller value means a reset (the driver was loaded anew).
         """
-        self.provenance = provenance
+        self.provenance, self.device = provenance, device
         self._read_units = read_units
         self._unit_j = unit_j
         self._wraps_at = wraps_at
@@ -90,9 +96,14 @@ class PowerMeter:
     provenance: Provenance = "power_integral"
 
     def __init__(
-        self, read_w: Callable[[], float | None], clock_s: Callable[[], float] = time.monotonic
+        self,
+        read_w: Callable[[], float | None],
+        *,
+        device: str,
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start at zero, with a first reading."""
+        self.device = device
         self._read_w = read_w
         self._clock_s = clock_s
         self._at_s, self._last_w, self._total_j = clock_s(), read_w() or 0.0, 0.0
@@ -114,6 +125,7 @@ class TdpMeter:
     """
 
     provenance: Provenance = "tdp_model"
+    device = None
 
     def __init__(
         self, *, w_per_core: float, busy_core_s: Callable[[], float] | None = None
@@ -196,9 +208,9 @@ def _gpu_meters(reader: GpuReader, gpus: Sequence[str] | None) -> list[Meter]:
     for uuid in dict.fromkeys(wanted):
         if uuid in by_name and reader.energy_mj(uuid) is not None:
             read_mj = partial(reader.energy_mj, uuid)
-            meters.append(CounterMeter(read_mj, unit_j=1e-3, provenance="counter"))
+            meters.append(CounterMeter(read_mj, unit_j=1e-3, provenance="counter", device=uuid))
         elif uuid in by_name and reader.power_w(uuid) is not None:
-            meters.append(PowerMeter(partial(reader.power_w, uuid)))
+            meters.append(PowerMeter(partial(reader.power_w, uuid), device=uuid))
         else:
             log.warning("GPU %s shows neither energy nor power: its joules are not counted", uuid)
     return meters
@@ -218,7 +230,11 @@ def _rapl_meters(powercap: Path) -> list[Meter]:
             log.info("RAPL at %s is not readable (%s)", zone, error.strerror)
             continue
         read_uj = partial(_read_int, zone / "energy_uj")
-        meters.append(CounterMeter(read_uj, unit_j=1e-6, provenance="rapl", wraps_at=wraps_at))
+        meters.append(
+            CounterMeter(
+                read_uj, unit_j=1e-6, provenance="rapl", device=zone.name, wraps_at=wraps_at
+            )
+        )
     return meters
 
 

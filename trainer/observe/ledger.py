@@ -20,6 +20,8 @@ from trainer.place import is_local, local_folder, put_bytes, storage_errors
 
 log = logging.getLogger(__name__)
 
+_LATEST_FLUSH_FRAC, _LATEST_FLUSH_S = 0.01, 600.0
+"""The older an attempt, the longer its periods: a kill loses at most a hundredth of it."""
 _ENERGY_WINDOW_S = 1.0
 """Joules are read at least this far apart: NVML and RAPL refresh every 20 to 100 ms."""
 
@@ -42,10 +44,12 @@ class Bucket(StrEnum):
 
 @dataclass(frozen=True)
 class Clock:
-    """The two clocks of an account; tests hand in their own."""
+    """The two clocks of an account, and its period; tests hand in their own."""
 
     monotonic_s: Callable[[], float] = time.monotonic
     unix_s: Callable[[], float] = time.time
+    flush_every_s: float = 5.0
+    """Period of writing at first; what a kill -9 may lose."""
 
 
 class Ledger:
@@ -62,9 +66,9 @@ class Ledger:
         stage: str = "train",
         attempt: int | None = None,
         rank: int = 0,
+        node: str | None = None,
         meters: Sequence[Meter] = (),
         started_unix_s: float | None = None,
-        flush_every_s: float = 5.0,
         clock: Clock = Clock(),
     ) -> None:
         """Open the account in bucket `init`; a predecessor that was killed is closed first.
@@ -75,16 +79,16 @@ class Ledger:
             attempt: Number of this attempt, from 0; None, or one that the file has already: one
                 more than the last in the file.
             rank: Whose time this is.
+            node: Where it passes; None: this host's name.
             meters: From `open_meters`, which see; none: joules are 0 with provenance `none`.
             started_unix_s: When the process was born, so that its imports are in `init`. The
                 joules that the meters already count are then in, too. None: now.
-            flush_every_s: Period of writing; what a kill -9 may lose.
-            clock: What time it is.
+            clock: What time it is, and when it is time to write.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = JsonLines(path)
         self._meters, self._clock_s = meters, clock.monotonic_s
-        self._flush_every_s = flush_every_s
+        self._flush_every_s = clock.flush_every_s
         born_here = started_unix_s is None
         now_s, now_unix_s = clock.monotonic_s(), clock.unix_s()
         born_unix_s = now_unix_s if started_unix_s is None else min(started_unix_s, now_unix_s)
@@ -94,10 +98,15 @@ class Ledger:
         self.attempt = max(following, attempt or 0)
         if rows and not rows[-1].get("closed", False):
             self._file.append([_killed_row(rows, before_unix_s=born_unix_s)])
-        self._labels = {"attempt": self.attempt, "rank": rank, "stage": stage}
+        self._labels = {
+            "attempt": self.attempt,
+            "rank": rank,
+            "stage": stage,
+            "node": node or socket.gethostname(),
+        }
         self._lock = threading.RLock()
         self._stack = [Bucket.INIT]
-        self._marked_s = self._period_s = now_s - (now_unix_s - born_unix_s)
+        self._born_s = self._marked_s = self._period_s = now_s - (now_unix_s - born_unix_s)
         # One wall-clock reading, the rest monotonic: a clock correction must not make seconds.
         self._unix_offset_s = born_unix_s - self._marked_s
         self._seconds: defaultdict[Bucket, float] = defaultdict(float)
@@ -106,6 +115,9 @@ class Ledger:
         self._metered_s = self._marked_s
         self._counted_j = dict(read_by_provenance(meters)) if born_here else {}
         self._step = self._first_step = 0
+        self.total_j = 0.0
+        """Joules read so far, of this attempt."""
+        self._file.append([self._opening(born_unix_s)])
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._flush_periodically, daemon=True)
         self._thread.start()
@@ -178,6 +190,23 @@ class Ledger:
     ) -> None:
         self.close()
 
+    def _opening(self, born_unix_s: float) -> dict[str, Any]:
+        """Say what is metered, so that what two accounts meter at once can be counted once."""
+        devices: defaultdict[str, list[str]] = defaultdict(list)
+        for meter in self._meters:
+            if meter.device is not None:
+                devices[meter.provenance].append(meter.device)
+        return {
+            **self._labels,
+            "bucket": Bucket.INIT.value,
+            "start_unix_s": round(born_unix_s, 6),
+            "seconds": 0.0,
+            "joules": 0.0,
+            "provenance": "none",
+            "step": 0,
+            "devices": devices,
+        }
+
     def _mark(self) -> None:
         now_s = self._clock_s()
         bucket = self._stack[-1]
@@ -195,6 +224,7 @@ class Ledger:
         for provenance, total_j in read_by_provenance(self._meters).items():
             new_j = total_j - self._counted_j.get(provenance, 0.0)
             self._counted_j[provenance] = total_j
+            self.total_j += new_j
             for bucket, seconds in self._unmetered_s.items():
                 self._joules[bucket, provenance] += new_j * seconds / window_s
         self._unmetered_s.clear()
@@ -237,8 +267,12 @@ class Ledger:
                 seconds = 0.0
 
     def _flush_periodically(self) -> None:
-        while not self._stop.wait(self._flush_every_s):
+        while not self._stop.wait(self._until_flush_s()):
             self.flush()
+
+    def _until_flush_s(self) -> float:
+        age_s = self._clock_s() - self._born_s
+        return max(self._flush_every_s, min(age_s * _LATEST_FLUSH_FRAC, _LATEST_FLUSH_S))
 
 
 def _killed_row(rows: Sequence[dict[str, Any]], *, before_unix_s: float) -> dict[str, Any]:
@@ -247,7 +281,7 @@ def _killed_row(rows: Sequence[dict[str, Any]], *, before_unix_s: float) -> dict
     last_s = sum(row["seconds"] for row in rows if row["start_unix_s"] == starts[-1])
     end_unix_s = starts[-1] + last_s
     period_s = max(last_s, starts[-1] - starts[-2] if len(starts) > 1 else 0.0)
-    labels = {key: rows[-1][key] for key in ("attempt", "rank", "stage", "step")}
+    labels = {key: rows[-1].get(key) for key in ("attempt", "rank", "stage", "node", "step")}
     return {
         **labels,
         "bucket": Bucket.LOST_WORK.value,

@@ -11,23 +11,25 @@ class _Mark:
     at_s: float
     images: int
     data_wait_s: float
+    joules: float
 
 
 class Throughput:
-    """Images per second and data-wait share over a sliding window of time."""
+    """Images per second, data-wait share and power over a sliding window of time."""
 
     def __init__(
         self, *, window_s: float = 30.0, clock_s: Callable[[], float] = time.monotonic
     ) -> None:
         """Start the window now, when training starts."""
         self._window_s, self._clock_s = window_s, clock_s
-        self._marks = deque([_Mark(clock_s(), 0, 0.0)])
+        self._marks = deque([_Mark(clock_s(), 0, 0.0, 0.0)])
 
-    def add(self, *, images: int, data_wait_s: float = 0.0) -> None:
-        """Count the images of a finished step, and the seconds in it spent waiting for them."""
+    def add(self, *, images: int, data_wait_s: float = 0.0, joules: float = 0.0) -> None:
+        """Count the images of a finished step, the seconds in it spent waiting, and its joules."""
         last = self._marks[-1]
+        totals = (last.images + images, last.data_wait_s + data_wait_s, last.joules + joules)
         now_s = self._clock_s()
-        self._marks.append(_Mark(now_s, last.images + images, last.data_wait_s + data_wait_s))
+        self._marks.append(_Mark(now_s, *totals))
         # Two marks always stay, so that steps longer than the window still have a speed.
         while len(self._marks) > 2 and now_s - self._marks[1].at_s >= self._window_s:
             self._marks.popleft()
@@ -36,15 +38,32 @@ class Throughput:
     def images_per_s(self) -> float:
         """Images per second over the window; 0 before the first step."""
         first, last = self._marks[0], self._marks[-1]
-        elapsed_s = last.at_s - first.at_s
-        return (last.images - first.images) / elapsed_s if elapsed_s > 0 else 0.0
+        return self._per_s(last.images - first.images)
 
     @property
     def data_wait_frac(self) -> float:
         """Share of the window spent waiting for data, 0 to 1."""
         first, last = self._marks[0], self._marks[-1]
-        elapsed_s = last.at_s - first.at_s
-        return (last.data_wait_s - first.data_wait_s) / elapsed_s if elapsed_s > 0 else 0.0
+        return self._per_s(last.data_wait_s - first.data_wait_s)
+
+    @property
+    def watts(self) -> float | None:
+        """Mean power over the window; None where nothing is metered."""
+        return self._per_s(self._joules) if self._marks[-1].joules else None
+
+    @property
+    def j_per_image(self) -> float | None:
+        """Joules per image over the window; None where nothing is metered."""
+        images = self._marks[-1].images - self._marks[0].images
+        return self._joules / images if images and self._marks[-1].joules else None
+
+    @property
+    def _joules(self) -> float:
+        return self._marks[-1].joules - self._marks[0].joules
+
+    def _per_s(self, amount: float) -> float:
+        elapsed_s = self._marks[-1].at_s - self._marks[0].at_s
+        return amount / elapsed_s if elapsed_s > 0 else 0.0
 
     def time_left_s(self, images_left: int) -> float | None:
         """Return the seconds that `images_left` take at this speed; None while it is unknown."""

@@ -11,7 +11,6 @@ import yaml
 from trainer.errors import BadInput
 from trainer.observe.evaluations import METRICS, evaluation_rows, training_rows
 from trainer.observe.jsonl import read_rows
-from trainer.observe.ledger import read_account
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +56,17 @@ class Story:
 def read_story(
     run_dir: Path,
     *,
-    dataset_dir: Path | None,
+    ledger: Sequence[Mapping[str, Any]],
     dataset: DatasetFacts | None,
     versions: Mapping[str, str],
 ) -> Story:
     """Read a run directory.
+
+    Args:
+        run_dir: The run's.
+        ledger: The rows of its account, after those of its dataset's.
+        dataset: What became of the rows that went in.
+        versions: Of what makes the report.
 
     Raises:
         BadInput: It is no run directory, or one of its files is damaged.
@@ -72,7 +77,6 @@ def read_story(
             f"{run_dir} has no config.yaml, so it is no run directory. "
             "Give run= the folder that `kiln train` wrote."
         )
-    prepared = read_account(dataset_dir) if dataset_dir else []
     rows = read_rows(run_dir / METRICS)
     return Story(
         run_dir=run_dir,
@@ -80,7 +84,7 @@ def read_story(
         plan=_read_json(run_dir / "plan.json"),
         metrics=last_of_each_step(rows),
         evaluations=evaluation_rows(run_dir, rows),
-        ledger=[*prepared, *read_account(run_dir)],
+        ledger=ledger,
         evaluation=_read_json(run_dir / "evaluation.json"),
         samples=_read_json(run_dir / "samples" / "index.json"),
         dataset=dataset,

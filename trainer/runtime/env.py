@@ -14,6 +14,8 @@ class RankEnv:
     world: int
     local_rank: int
     attempt: int
+    visible_gpus: tuple[str, ...] | None
+    """The GPUs that its job may use, as CUDA_VISIBLE_DEVICES names them; None: all."""
 
 
 def read_rank_env() -> RankEnv:
@@ -39,9 +41,11 @@ def read_rank_env() -> RankEnv:
             f"{', '.join(missing)} not set: a worker is started by `kiln train`, by torchrun or "
             "by the script of `kiln launch`, not by hand."
         )
+    visible = env.get("CUDA_VISIBLE_DEVICES")
     return RankEnv(
         rank=int(env["RANK"]),
         world=int(env["WORLD_SIZE"]),
         local_rank=int(env["LOCAL_RANK"]),
         attempt=int(env.get("KILN_ATTEMPT", env.get("SLURM_RESTART_COUNT", "0"))),
+        visible_gpus=None if visible is None else tuple(filter(None, visible.split(","))),
     )

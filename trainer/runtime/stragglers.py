@@ -4,6 +4,7 @@ import logging
 import statistics
 import struct
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,8 @@ class Stragglers:
         self._forward = _GpuForward() if comm.device.type == "cuda" else None
         self._since: tuple[float, int] | None = None
         self._warned_s = -WARN_EVERY_S
+        self.split_s: dict[str, float] = {}
+        """Seconds per step that this rank spent in each phase, between the last two comparisons."""
 
     def enter(self, phase: str) -> None:
         """Hear of a new phase; GPUs compute behind what the training thread does."""
@@ -91,10 +94,14 @@ class Stragglers:
     def compare(self) -> float | None:
         """Warn of slow ranks; return the slowest one's ratio, None at the first comparison."""
         since, self._since = self._since, (time.monotonic(), self._pulse.steps_done)
-        own_s = self._take_own_s()
+        spent_s = self._take_spent_s()
         if since is None:
             return None
         steps = self._since[1] - since[1]
+        self.split_s = {phase: seconds / steps for phase, seconds in spent_s.items()}
+        own_s = spent_s["data"] + spent_s["encode"]
+        if self._is_forward_own:
+            own_s += spent_s["forward"]
         mine = Share(own_s / steps, (self._since[0] - since[0]) / steps, node_name())
         shares = [Share.unpack(told) for told in self._comm.gather_bytes(mine.pack())]
         ratios = rank_ratios(shares, is_forward_own=self._is_forward_own)
@@ -112,11 +119,11 @@ class Stragglers:
             )
         return max(ratios)
 
-    def _take_own_s(self) -> float:
+    def _take_spent_s(self) -> defaultdict[str, float]:
         spent_s = self._pulse.take_spent_s()
-        forward_s = spent_s["forward"] if self._forward is None else self._forward.take_s()
-        alone_s = spent_s["data"] + spent_s["encode"]
-        return alone_s + (forward_s if self._is_forward_own else 0.0)
+        if self._forward is not None:
+            spent_s["forward"] = self._forward.take_s()
+        return spent_s
 
 
 class _GpuForward:

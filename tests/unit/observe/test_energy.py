@@ -47,7 +47,9 @@ def rapl_zone(root, name, *, zone, uj=0, wraps_at=1_000_000):
 @given(st.integers(0, 999), st.lists(st.integers(0, 999), max_size=50))
 def test_a_wrapping_counter_gives_the_true_sum(start, deltas):
     true = start
-    meter = CounterMeter(lambda: true % 1000, unit_j=0.5, provenance="rapl", wraps_at=1000)
+    meter = CounterMeter(
+        lambda: true % 1000, unit_j=0.5, provenance="rapl", device="package-0", wraps_at=1000
+    )
     for delta in deltas:
         true += delta
         assert meter.read_j() == (true - start) * 0.5
@@ -55,26 +57,26 @@ def test_a_wrapping_counter_gives_the_true_sum(start, deltas):
 
 def test_a_reset_counter_goes_on_from_zero():
     replay = iter([5000, 6000, 400, 900])
-    meter = CounterMeter(lambda: next(replay), unit_j=1e-3, provenance="counter")
+    meter = CounterMeter(lambda: next(replay), unit_j=1e-3, provenance="counter", device="gpu")
     assert [meter.read_j() for _ in range(3)] == pytest.approx([1.0, 1.4, 1.9])
 
 
 def test_a_failed_read_counts_nothing_and_loses_nothing():
     replay = iter([5000, 6000, None, 7000])
-    meter = CounterMeter(lambda: next(replay), unit_j=1e-3, provenance="counter")
+    meter = CounterMeter(lambda: next(replay), unit_j=1e-3, provenance="counter", device="gpu")
     assert [meter.read_j() for _ in range(3)] == pytest.approx([1.0, 1.0, 2.0])
 
 
 def test_power_that_is_linear_in_time_integrates_exactly():
     now = [0.0]
-    meter = PowerMeter(lambda: 100 + 7 * now[0], lambda: now[0])
+    meter = PowerMeter(lambda: 100 + 7 * now[0], device="gpu", clock_s=lambda: now[0])
     for now[0] in (0.5, 0.7, 3.0, 10.0):
         assert meter.read_j() == pytest.approx(100 * now[0] + 3.5 * now[0] ** 2)
 
 
 def test_power_that_cannot_be_read_is_taken_as_before():
     now, watts = [0.0], [50.0]
-    meter = PowerMeter(lambda: watts[0], lambda: now[0])
+    meter = PowerMeter(lambda: watts[0], device="gpu", clock_s=lambda: now[0])
     now[0], watts[0] = 2.0, None
     assert meter.read_j() == 100.0
 

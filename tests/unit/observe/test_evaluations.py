@@ -141,7 +141,7 @@ def test_the_report_draws_scores_over_the_images_seen(tmp_path):
     run = write_run(tmp_path)
 
     def page():
-        return render(read_story(run, dataset_dir=None, dataset=None, versions={}))
+        return render(read_story(run, ledger=[], dataset=None, versions={}))
 
     without = page()
     for step, value in ((50, 0.2), (STEPS, 0.6)):

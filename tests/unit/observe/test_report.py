@@ -10,6 +10,7 @@ from tests.observed_run import CAPTIONS, STEPS, Now, write_config, write_run, wr
 from trainer.errors import BadInput
 from trainer.observe.charts import Line, line_chart, round_ticks, short_number, smooth, thin
 from trainer.observe.html import Html, join, tag
+from trainer.observe.ledger import read_account
 from trainer.observe.report_numbers import headline, in_joules
 from trainer.observe.story import last_of_each_step, read_story
 from trainer.report import ReportConfig, dataset_facts, main, write_report
@@ -131,7 +132,7 @@ def test_productive_time_is_that_of_the_steps_in_the_result(tmp_path):
     run, now = tmp_path / "r", Now()
     write_config(run, tmp_path / "d")
     write_training(run, now)
-    story = read_story(run, dataset_dir=None, dataset=None, versions={})
+    story = read_story(run, ledger=read_account(run), dataset=None, versions={})
     numbers = headline(story)
     assert numbers.productive_s == pytest.approx(STEPS * 0.9, rel=1e-3)
     assert numbers.train_s == pytest.approx(now.at_s - Now().at_s)

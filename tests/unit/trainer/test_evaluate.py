@@ -17,7 +17,7 @@ from tests.tiny_dataset import publish, sample
 from tests.tiny_encoders import save_clip_model
 from tests.tiny_run import denoiser_config, encode_dataset, save_checkpoint, save_run
 from trainer import evaluate, judging
-from trainer.bookkeeping import Accounts
+from trainer.accounting import Metrics
 from trainer.claims import claimed
 from trainer.config import TrainConfig
 from trainer.config_tools import EvaluateConfig
@@ -185,19 +185,19 @@ def test_two_processes_share_the_checkpoints_while_training_goes_on(tiny_run):
     words += ["features=none", "threads=1", "checkpoint=all", f"run={tiny_run}"]
     command = [sys.executable, "-m", "trainer.cli", "evaluate", *words]
     cfg = read_yaml(TrainConfig, tiny_run / "config.yaml")
-    accounts = Accounts(tiny_run, cfg, make_plan(cfg), attempt=0, launcher_pid=None)
+    metrics = Metrics(tiny_run, cfg, make_plan(cfg), attempt=0)
     jobs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     progress = Progress(stream=None, step=8, images_seen=64)
     while any(job.poll() is None for job in jobs) or progress.step < 8 + TRAIN_ON:
         progress.step, progress.images_seen = progress.step + 1, progress.images_seen + 8
-        facts = StepFacts(loss=0.5, grad_norm=1.0, learning_rate=0.1, is_stopping=False)
-        accounts.count(progress)
-        accounts.log_step(progress, facts, None)
+        facts = StepFacts(loss=0.5, grad_norm=1.0, learning_rate=0.1, is_stopping=False, joules=0.0)
+        metrics.count(facts)
+        metrics.log_step(progress, facts, None, {})
         time.sleep(0.005)
     said = [job.communicate()[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
     before = read_rows(tiny_run / "metrics.jsonl")
-    accounts.close(exit_code=0)
+    metrics.close(exit_code=0)
     rows = read_rows(tiny_run / "metrics.jsonl")
     steps = [row["step"] for row in training_rows(rows)]
     assert steps == list(range(1, progress.step + 1))

@@ -1,0 +1,165 @@
+"""The accounts of an attempt: seconds and joules of each node, and what rank 0 tells of it all."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from trainer.config import TrainConfig
+from trainer.frozen import thaw
+from trainer.loop import Progress, StepFacts
+from trainer.observe.energy import open_meters
+from trainer.observe.evaluations import METRICS, Merger, hold_metrics
+from trainer.observe.ledger import Ledger
+from trainer.observe.meters import Throughput
+from trainer.observe.sinks import Sinks
+from trainer.plan import Plan
+from trainer.runtime.ending import node_name
+from trainer.runtime.env import RankEnv
+
+log = logging.getLogger(__name__)
+
+MERGE_EVERY_S = 30.0
+"""How often training looks for evaluations that finished meanwhile."""
+
+
+def open_ledger(
+    run: Path, cfg: TrainConfig, env: RankEnv, *, launcher_pid: int | None
+) -> Ledger | None:
+    """Open the account of this node, on the first of its ranks; the others keep none.
+
+    Args:
+        run: The run.
+        cfg: Of the run.
+        env: Of this rank.
+        launcher_pid: The `kiln train` that started all ranks; None on a cluster.
+    """
+    if env.local_rank:
+        return None
+    parent = _step_daemon() if launcher_pid is None else psutil.Process(launcher_pid)
+    is_local = cfg.cluster.kind == "local"
+    # On a cluster an orphan may go on for a while beside the next attempt, so each has a file.
+    name = "ledger.jsonl" if is_local else f"ledger/train-{env.attempt:03d}-{node_name()}.jsonl"
+    return Ledger(
+        run / name,
+        stage="train",
+        attempt=env.attempt,
+        rank=env.rank,
+        node=node_name(),
+        meters=open_meters(
+            tdp_w_per_core=cfg.logging.tdp_w_per_core,
+            root_pid=parent.pid if parent else None,
+            gpus=env.visible_gpus if cfg.cluster.device == "cuda" else (),
+        ),
+        # The parent was born for this attempt: its imports and its ranks' are `init`.
+        started_unix_s=parent.create_time() if parent else None,
+    )
+
+
+def _step_daemon() -> psutil.Process | None:
+    """Find the process whose children are all ranks that srun started on this node."""
+    parents = psutil.Process().parents()
+    return next((each for each in parents if each.name() == "slurmstepd"), None)
+
+
+class Metrics:
+    """What is told of an attempt while it trains; rank 0 tells it."""
+
+    def __init__(self, run: Path, cfg: TrainConfig, plan: Plan, *, attempt: int) -> None:
+        """Open the sinks."""
+        self._merger, self._merged_s = Merger(run), -MERGE_EVERY_S
+        self._held = hold_metrics(run)
+        if self._held is None:  # a node that is dead may hold it on NFS: no reason not to train
+            log.warning(
+                "%s cannot be locked: is this run trained twice, or has its file system no locks?",
+                run / METRICS,
+            )
+        self._sinks = Sinks.open(
+            run,
+            attempt=attempt,
+            total_steps=plan.total_steps,
+            config=thaw(cfg),
+            wandb=cfg.logging.wandb,
+            project=cfg.logging.wandb_project,
+            progress="quiet" if cfg.logging.quiet else "auto",
+        )
+        self._plan = plan
+        self._speed = Throughput()
+        self._encodes = cfg.data.latents == "online"
+        self._spent_s: defaultdict[str, float] = defaultdict(float)
+        self._last_spent_s = self._spent_s
+
+    @contextmanager
+    def timed(self, bucket: str) -> Iterator[None]:
+        """Measure the time inside."""
+        started_s = time.monotonic()
+        yield
+        self._spent_s[bucket] += time.monotonic() - started_s
+
+    def begin(self) -> None:
+        """Training starts or goes on."""
+        self._speed = Throughput()
+
+    def count(self, facts: StepFacts) -> None:
+        """Count a step."""
+        self._last_spent_s, self._spent_s = self._spent_s, defaultdict(float)
+        waited_s = self._last_spent_s["data_stall"]
+        images = self._plan.images_per_step
+        self._speed.add(images=images, data_wait_s=waited_s, joules=facts.joules)
+
+    def log_step(
+        self,
+        progress: Progress,
+        facts: StepFacts,
+        slowest: float | None,
+        split_s: Mapping[str, float],
+    ) -> None:
+        """Log a step that was counted.
+
+        Args:
+            progress: Where the run stands.
+            facts: Of the step.
+            slowest: How many times what the median rank needs the slowest one does.
+            split_s: Seconds per step of this rank by phase, since the last row.
+        """
+        encoding = {"time/encoding_s": self._last_spent_s["encoding"]} if self._encodes else {}
+        self._sinks.log(
+            {
+                "step": progress.step,
+                "images_seen": progress.images_seen,
+                "train/loss": facts.loss,
+                "train/grad_norm": facts.grad_norm,
+                "train/lr": facts.learning_rate,
+                "speed/images_per_s": self._speed.images_per_s,
+                "speed/images_per_s_per_rank": self._speed.images_per_s / self._plan.num_ranks,
+                "speed/data_wait_frac": self._speed.data_wait_frac,
+                "speed/slowest_rank_ratio": slowest,
+                "time/data_wait_s": self._last_spent_s["data_stall"],
+                **encoding,
+                **{f"time/{phase}_s": seconds for phase, seconds in split_s.items()},
+                "energy/w": self._speed.watts,
+                "energy/j_per_image": self._speed.j_per_image,
+                "time/left_s": self._speed.time_left_s(
+                    (self._plan.total_steps - progress.step) * self._plan.images_per_step
+                ),
+            }
+        )
+        if time.monotonic() - self._merged_s >= MERGE_EVERY_S:
+            self._merge_evaluations()
+
+    def close(self, *, exit_code: int) -> None:
+        """Close the sinks."""
+        self._merge_evaluations()
+        self._sinks.close(exit_code=exit_code)
+        if self._held is not None:
+            self._held.close()
+
+    def _merge_evaluations(self) -> None:
+        """Log what `kiln evaluate` found meanwhile: nobody else may write metrics.jsonl now."""
+        self._merged_s = time.monotonic()
+        for row in self._merger.rows():
+            self._sinks.log(row)

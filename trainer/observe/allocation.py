@@ -1,0 +1,114 @@
+"""Account for the time of a job's nodes that no rank saw: in the queue, before it began, after."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.observe.ledger import Bucket
+from trainer.observe.merging import Row
+
+_STAGE = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """The nodes of one attempt, and for how long they were its own."""
+
+    attempt: int
+    nodes: Sequence[str]
+    queued_unix_s: float
+    """Since when its job waited."""
+    begin_unix_s: float
+    end_unix_s: float | None
+    """None while it goes on."""
+
+    @property
+    def node_s(self) -> float:
+        """Seconds times nodes that the attempt had; 0 while it goes on."""
+        return len(self.nodes) * ((self.end_unix_s or self.begin_unix_s) - self.begin_unix_s)
+
+
+@dataclass
+class _Seen:
+    """What ranks of an attempt wrote on a node."""
+
+    begin_s: float
+    end_s: float
+    is_closed: bool
+
+
+def unseen(rows: Sequence[Row], allocations: Sequence[Allocation]) -> list[dict[str, Any]]:
+    """Make the rows that are missing for every second of every node to be in the account.
+
+    A node waits in the queue as long as its job does. Before a rank opened its account, checks and
+    imports went on: `init`. After an account was closed the attempt drains. Where one was not, its
+    process was killed, and nothing is known of the rest: `idle`. Nobody read a meter then, so that
+    these rows have no joules.
+
+    Args:
+        rows: Of all ledgers of the run.
+        allocations: In order.
+    """
+    seen = _seen(rows)
+    return [
+        row
+        for allocation in allocations
+        for node in allocation.nodes
+        for row in _of_node(allocation, node, seen.get((allocation.attempt, node)))
+    ]
+
+
+def missing_frac(rows: Sequence[Row], allocations: Sequence[Allocation]) -> float:
+    """Return by which share of the ended attempts' node-seconds the account is off; best is 0.
+
+    Args:
+        rows: With those of `unseen`.
+        allocations: As there.
+    """
+    ended = {each.attempt for each in allocations if each.end_unix_s is not None}
+    wanted_s = sum(each.node_s for each in allocations)
+    counted_s = sum(
+        row["seconds"]
+        for row in rows
+        if row["stage"] == _STAGE and row["attempt"] in ended and row["bucket"] != Bucket.QUEUE
+    )
+    return abs(counted_s - wanted_s) / wanted_s if wanted_s else 0.0
+
+
+def _seen(rows: Sequence[Row]) -> dict[tuple[int, str], _Seen]:
+    found: dict[tuple[int, str], _Seen] = {}
+    for row in rows:
+        if row["stage"] != _STAGE:
+            continue
+        start_s = row["start_unix_s"]
+        seen = found.setdefault(
+            (row["attempt"], row.get("node", "")), _Seen(start_s, start_s, False)
+        )
+        seen.begin_s = min(seen.begin_s, start_s)
+        # Rows of a period follow each other in a ledger, all with its start.
+        seen.end_s = max(seen.end_s, start_s) + row["seconds"]
+        seen.is_closed |= row.get("closed", False)
+    return found
+
+
+def _of_node(allocation: Allocation, node: str, seen: _Seen | None) -> Iterator[dict[str, Any]]:
+    labels = {
+        "attempt": allocation.attempt,
+        "rank": allocation.nodes.index(node),
+        "stage": _STAGE,
+        "node": node,
+        "joules": 0.0,
+        "provenance": "none",
+    }
+    begin_s, end_s = allocation.begin_unix_s, allocation.end_unix_s
+    gaps = [(Bucket.QUEUE, allocation.queued_unix_s, begin_s)]
+    if seen is not None:
+        gaps.append((Bucket.INIT, begin_s, seen.begin_s))
+        tail = Bucket.DRAIN if seen.is_closed else Bucket.IDLE
+        gaps.append((tail, seen.end_s, end_s or seen.end_s))
+    elif end_s is not None:
+        gaps.append((Bucket.INIT, begin_s, end_s))
+    for bucket, start_s, stop_s in gaps:
+        if stop_s > start_s:
+            seconds = stop_s - start_s
+            yield {**labels, "bucket": bucket, "start_unix_s": start_s, "seconds": seconds}
