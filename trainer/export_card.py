@@ -209,8 +209,8 @@ def _cost(account: Figures) -> str:
         return ""
     lines = ["## Cost", "", "| stage | went into | time | energy |", "|---|---|---|---|"]
     for (stage, bucket), total in account.by_bucket.items():
-        cells = (stage, bucket, duration(total.seconds), joules_text(total))
-        lines.append(f"| {' | '.join(cells)} |")
+        time, energy = duration(total.seconds), joules_text(total)
+        lines.append(f"| {stage} | {bucket} | {time} | {energy} |")
     lines += ["", "In brackets, how the joules are known.", ""]
     lines += [f"| {' | '.join(HEAD)} |", "|---|---|---|---|"]
     for cells in figure_rows(account.by_key.values()):

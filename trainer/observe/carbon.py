@@ -118,7 +118,7 @@ def grid_of(country: str) -> Grid:
     if country not in grids():
         raise BadInput(
             f"accounts.grid={country} is none of the {len(grids())} countries of {SOURCE}'s table "
-            f"(ISO 3166 alpha-3). {_advice(country)}, or give accounts.hourly=FILE instead."
+            f"(ISO 3166 alpha-3). {_advice(country)} Or give accounts.hourly=FILE."
         )
     return grids()[country]
 
@@ -132,7 +132,7 @@ def _advice(country: str) -> str:
     found += [known[each] for each in difflib.get_close_matches(text, known, n=_NUM_SUGGESTIONS)]
     near = list(dict.fromkeys(found))[:_NUM_SUGGESTIONS]
     if not near:
-        return f"Known: {', '.join(grids())}"
+        return f"Known: {', '.join(grids())}."
     return f"Did you mean {' or '.join(f'{code} ({grids()[code].name})' for code in near)}?"
 
 
@@ -146,7 +146,7 @@ def rates(stated: AccountsConfig) -> tuple[Rate | None, Rate | None]:
     price: Rate | None = None
     if stated.grid is not None:
         grid = grid_of(stated.grid)
-        words = f"{grid.g_co2_per_kwh:.1f} gCO2/kWh, {grid.name}'s mean of {grid.year} ({SOURCE})"
+        words = f"{grid.g_co2_per_kwh:g} gCO2/kWh, {grid.name}'s mean of {grid.year} ({SOURCE})"
         carbon = Constant(grid.g_co2_per_kwh, words)
     if stated.hourly is not None:
         carbon, price = read_hourly(stated.hourly)
@@ -198,7 +198,10 @@ def _read_lines(path: Path) -> list[tuple[int, dict[str, str | None]]]:
                 )
             return [(reader.line_num, row) for row in reader]
     except OSError as error:
-        raise BadInput(f"accounts.hourly={path} cannot be read: {error.strerror}.") from error
+        raise BadInput(
+            f"accounts.hourly={path} cannot be read: {error.strerror}. "
+            f"Give a CSV file with the columns {_TIME} and {_G_CO2}."
+        ) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"accounts.hourly={path} is no CSV in UTF-8: {error}.") from error
 

@@ -16,7 +16,6 @@ _TRAIN = "train"
 _DATA = ("plan", "prepare", "encode")
 _CLOCK = {"clock": 1.0}
 _MODEL = "tdp_model: busy core-seconds x stated watts, without idle power, memory and board"
-_KILLED = "what a killed attempt drew after its last row is in no account"
 
 Rows = Sequence[Mapping[str, Any]]
 _Sums = Mapping[tuple[str, Bucket], Total]
@@ -124,7 +123,7 @@ def _energy(sums: _Sums, caveats: Sequence[str]) -> Iterator[Figure]:
         stages = ", ".join(dict.fromkeys(stage for stage, _ in sums))
         model = (_MODEL,) if "tdp_model" in whole.known_by else ()
         assumed = (f"of {stages}", *model, *caveats)
-        yield Figure("energy", "Energy, metered", whole.joules, "J", whole.known_by, assumed)
+        yield Figure("energy", "Energy", whole.joules, "J", whole.known_by, assumed)
 
 
 def _per_image(sums: _Sums, work: Work, caveats: Sequence[str]) -> Iterator[Figure]:
@@ -184,7 +183,10 @@ def _lost(rows: Rows, train: Total) -> Iterator[Figure]:
         lost.joules / J_PER_KWH,
         "kWh",
         lost.known_by or train.known_by,
-        ("steps done again after a stop or a rollback", _KILLED),
+        (
+            "steps done again after a stop or a rollback",
+            "what a killed attempt drew after its last row is in no account",
+        ),
     )
     if interrupted := [by_attempt[attempt] for attempt in sorted(by_attempt)[:-1]]:
         lost = combined(interrupted)
@@ -194,7 +196,7 @@ def _lost(rows: Rows, train: Total) -> Iterator[Figure]:
             lost.joules / len(interrupted) / J_PER_KWH,
             "kWh",
             lost.known_by or train.known_by,
-            (f"mean of {len(interrupted)}: attempts that another one followed", _KILLED),
+            (f"mean over the attempts that another one followed, {len(interrupted)}",),
         )
 
 
@@ -246,7 +248,8 @@ def _facility(
     known = {name: joules / whole_j for name, joules in joules_by.items() if joules > 0}
     watts = stated.node_overhead_w
     overhead = (f"{watts:g} W per node beside its meters, stated",) if watts else ()
-    assumed = (f"PUE {stated.pue:g}, stated", *overhead, *caveats)
+    pue = "stated" if stated.pue > 1 else "nothing for cooling and power supplies"
+    assumed = (f"PUE {stated.pue:g}: {pue}", *overhead, *caveats)
     yield Figure("facility_energy", "Facility energy", whole_j / J_PER_KWH, "kWh", known, assumed)
     if carbon:
         words = (carbon.words, "of the facility energy", *caveats)

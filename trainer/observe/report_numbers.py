@@ -93,8 +93,9 @@ def in_joules(joules: float) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Write a number with three digits, or with all those before the point."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
+    """Write a number with three digits that count: '0.0123', '12.3', '1,230'."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:#.3g}".removesuffix(".")
 
 
 def duration(seconds: float) -> str:

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from tests.observed_run import CAPTIONS, STEPS, Now, write_config, write_run, write_training
 from trainer.errors import BadInput
+from trainer.observe.accounts import totals
 from trainer.observe.charts import Line, line_chart, round_ticks, short_number, smooth, thin
 from trainer.observe.html import Html, join, tag
 from trainer.observe.report_numbers import headline, in_joules
 from trainer.observe.story import last_of_each_step, read_story
 from trainer.report import ReportConfig, dataset_facts, main, write_report
 
-SECTIONS = ["summary", "samples", "evaluation", "training", "accounts", "data",
+SECTIONS = ["summary", "samples", "evaluation", "training", "accounts", "figures", "data",
             "reconstructions", "config", "lineage"]  # fmt: skip
 
 
@@ -132,11 +133,11 @@ def test_productive_time_is_that_of_the_steps_in_the_result(tmp_path):
     write_config(run, tmp_path / "d")
     write_training(run, now)
     story = read_story(run, dataset_dir=None, dataset=None, versions={})
-    numbers = headline(story)
+    numbers = headline(story, totals(story.ledger))
     assert numbers.productive_s == pytest.approx(STEPS * 0.9, rel=1e-3)
-    assert numbers.train_s == pytest.approx(now.at_s - Now().at_s)
-    assert numbers.train_j == pytest.approx(10 * numbers.train_s)
-    assert numbers.measured_frac == 0
+    assert numbers.train.seconds == pytest.approx(now.at_s - Now().at_s)
+    assert numbers.train.joules == pytest.approx(10 * numbers.train.seconds)
+    assert numbers.train.known_by == {"tdp_model": 1.0}
 
 
 def test_dataset_facts_add_up(tmp_path):
