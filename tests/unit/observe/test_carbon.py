@@ -104,7 +104,7 @@ def test_times_have_offsets_or_are_utc(tmp_path, time):
 
 
 def test_columns_may_stand_in_any_order_beside_others(tmp_path):
-    text = "\ufeffnote,price_per_kwh, g_co2_per_kwh,time\nwindy,-0.05,7,2026-01-31T13:00Z\n"
+    text = "\ufefftime,price_per_kwh, g_co2_per_kwh,note\n2026-01-31T13:00Z,-0.05,7,windy\n"
     carbon, price = read_hourly(written(tmp_path, text))
     assert (carbon.mean(START_S, START_S + 60), price.mean(START_S, START_S + 60)) == (7, -0.05)
 
