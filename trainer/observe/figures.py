@@ -204,7 +204,7 @@ def _data(sums: _Sums, work: Work) -> Iterator[Figure]:
     data = _of(sums, *_DATA)
     if data.joules <= 0:
         return
-    stages = " and ".join(dict.fromkeys(stage for stage, _ in sums if stage in _DATA))
+    stages = ", ".join(dict.fromkeys(stage for stage, _ in sums if stage in _DATA))
     for thing, count, what in (
         ("image", work.images, "images trained on, all put down to this run"),
         ("sample", work.kept_samples, "samples of the dataset"),
