@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from trainer.observe.accounts import Total, close_check, lost_work
+from trainer.observe.accounts import Total, close_check, combined, lost_work
 from trainer.observe.figure_words import HEAD, figure_rows, joules_text, known_text
 from trainer.observe.figures import Figures
 from trainer.observe.html import Html, absent, join, table, tag
@@ -48,25 +48,25 @@ def _bar(buckets: Mapping[Bucket, Total]) -> Html:
 
 
 def _bucket_table(buckets: Mapping[Bucket, Total]) -> Html:
-    whole_s = sum(total.seconds for total in buckets.values()) or 1.0
+    whole = combined(buckets.values())
+    whole_s, known = whole.seconds or 1.0, known_text(whole.known_by)
     rows = [
         (
             join((tag("i", class_=f"swatch b-{bucket.value}"), bucket.value.replace("_", " "))),
             tag("span", _MEANING[bucket], class_="soft"),
+            known_text(total.known_by),
             duration(total.seconds),
             f"{100 * total.seconds / whole_s:.1f} %",
             in_joules(total.joules),
-            known_text(total.known_by),
         )
         for bucket, total in buckets.items()
         if total.seconds > 0 or total.joules > 0
     ]
-    all_j = sum(total.joules for total in buckets.values())
     filled = table(
-        ("bucket", "meaning", "time", "share", "energy", "known by"),
+        ("bucket", "meaning", "how it is known", "time", "share", "energy"),
         rows,
-        numeric=4,
-        foot=("all", "", duration(whole_s), "100 %", in_joules(all_j), ""),
+        numeric=3,
+        foot=("all", "", known, duration(whole_s), "100 %", in_joules(whole.joules)),
     )
     return tag("div", filled, class_="wide")
 
