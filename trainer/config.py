@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from trainer.config_accounts import AccountsConfig
 from trainer.config_cluster import ClusterConfig
 from trainer.config_data import DataConfig
 from trainer.config_diffusion import DenoisingConfig
@@ -225,6 +226,7 @@ class TrainConfig:
     rollback: RollbackConfig
     watchdog: WatchdogConfig
     logging: LoggingConfig
+    accounts: AccountsConfig = AccountsConfig()
 
     def __post_init__(self) -> None:
         """Refuse values that contradict each other."""

@@ -1,5 +1,6 @@
 """What the commands on a finished run may be told: frozen dataclasses."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -281,3 +282,6 @@ class ReportConfig:
     """Dataset folder; null: the one that the run's config.yaml names."""
     output: str | None
     """The page; null: report.html in the run directory."""
+    accounts: Mapping[str, str | float | None] = Field(default_factory=dict)
+    """What figures assume, instead of the run's own `accounts`, key by key as `kiln train --help`
+    explains them; null leaves the run's."""

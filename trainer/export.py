@@ -17,7 +17,7 @@ from trainer.config_first_stage import ReconstructionConfig
 from trainer.config_tools import ExportConfig
 from trainer.data.publish import publish_json
 from trainer.errors import BadInput
-from trainer.export_card import training_facts, write_card
+from trainer.export_card import account_figures, training_facts, write_card
 from trainer.export_folder import Parts, is_stock, write_pipeline
 from trainer.export_lora import write_adapters
 from trainer.export_scheduler import make_schedule
@@ -49,7 +49,8 @@ def run(cfg: ExportConfig) -> int:
     if isinstance(trained.model, AutoencoderModelConfig):  # without a discriminator
         weights = {name: each for name, each in weights.items() if name.startswith("inner.")}
     with _published(out) as folder:
-        facts = training_facts(run_dir, trained, state, weights=cfg.weights)
+        account = account_figures(run_dir, trained, state)
+        facts = training_facts(run_dir, trained, state, account, weights=cfg.weights)
         facts["num_parameters"] = sum(weight.numel() for weight in weights.values())
         if isinstance(trained.model, AutoencoderModelConfig):
             autoencoder = build_autoencoder(trained.model)
@@ -64,7 +65,8 @@ def run(cfg: ExportConfig) -> int:
             if trained.lora is not None:
                 write_adapters(folder, weights, trained.model, trained.lora)
             stock = is_stock(trained)
-            write_card(folder, run_dir, facts, name=out.resolve().name, is_stock=stock)
+            name = out.resolve().name
+            write_card(folder, run_dir, facts, account, name=name, is_stock=stock)
             what = "StableDiffusionPipeline" if stock else "pipeline.py, its own pipeline"
         publish_json(folder / TRAINING, facts)
     log.info(

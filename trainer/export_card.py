@@ -1,7 +1,8 @@
 """Say what an export is: training.json for programs, a model card for people."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from trainer.data.manifest import encoding_folder, load_encoding, load_manifest
 from trainer.encoded import latents_of
 from trainer.frozen import thaw
 from trainer.models.locations import PACKAGE
-from trainer.observe.accounts import totals
+from trainer.observe.carbon import rates
 from trainer.observe.evaluations import METRICS, training_rows
+from trainer.observe.figure_words import HEAD, figure_rows, joules_text
+from trainer.observe.figures import Figures, derive, work_on
 from trainer.observe.jsonl import read_rows
-from trainer.observe.report_numbers import duration, in_joules, score_label, score_text, scores
+from trainer.observe.report_numbers import duration, score_label, score_text, scores
 from trainer.place import place
 from trainer.run_account import run_account
 from trainer.runtime.checkpoint import TrainState
@@ -30,8 +33,18 @@ def public_name(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
+def account_figures(run_dir: Path, trained: TrainConfig, state: TrainState) -> Figures:
+    """Derive the figures of a run's account and its dataset's, for the images of a checkpoint."""
+    dataset = place(trained.data.dataset) if state.dataset_fingerprint else None
+    rows = run_account(run_dir, dataset)
+    kept_samples = load_manifest(dataset).rows_kept if dataset else 0
+    work = work_on(thaw(trained.cluster), images=state.images_seen, kept_samples=kept_samples)
+    carbon, price = rates(trained.accounts)
+    return derive(rows, work, trained.accounts, carbon=carbon, price=price)
+
+
 def training_facts(
-    run_dir: Path, trained: TrainConfig, state: TrainState, *, weights: str
+    run_dir: Path, trained: TrainConfig, state: TrainState, account: Figures, *, weights: str
 ) -> dict[str, Any]:
     """Say how the weights came about: what was trained on, for how long, and how it went."""
     metrics = training_rows(read_rows(run_dir / METRICS))
@@ -47,6 +60,7 @@ def training_facts(
         "training_s": sum(row["seconds"] for row in ledger),
         "training_j": sum(row["joules"] for row in ledger),
         "joules_provenance": sorted({row["provenance"] for row in ledger if row["joules"]}),
+        "figures": {key: asdict(figure) for key, figure in account.by_key.items()},
         "weights": WEIGHTS.get(weights, f"moving average {weights}"),
         **{name: sections[name] for name in ("model", "objective", "batch", "optim", "seed")},
     }
@@ -88,19 +102,26 @@ def datasets(trained: TrainConfig, state: TrainState) -> list[dict[str, Any]]:
 
 
 def write_card(
-    folder: Path, run_dir: Path, facts: Mapping[str, Any], *, name: str, is_stock: bool
+    folder: Path,
+    run_dir: Path,
+    facts: Mapping[str, Any],
+    account: Figures,
+    *,
+    name: str,
+    is_stock: bool,
 ) -> None:
     """Write README.md.
 
     Args:
         folder: The export's, where it is built.
-        run_dir: The run; its ledger and evaluation are told where they exist.
+        run_dir: The run; its evaluation is told where it exists.
         facts: `training_facts`.
+        account: `account_figures`.
         name: The folder's last name, for the words that load it.
         is_stock: Whether a class of diffusers loads it.
     """
     parts = [_FRONT, f"# {name}\n", _what(facts), _load(name, is_stock=is_stock), _data(facts)]
-    parts += [_cost(run_account(run_dir)), _evaluation(run_dir), _SYNTHETIC]
+    parts += [_cost(account), _evaluation(run_dir), _SYNTHETIC]
     text = "\n".join(part for part in parts if part)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -182,18 +203,17 @@ def _data(facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _cost(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
+def _cost(account: Figures) -> str:
+    if not account.by_bucket:
         return ""
     lines = ["## Cost", "", "| stage | went into | time | energy |", "|---|---|---|---|"]
-    for (stage, bucket), total in totals(rows).items():
-        energy = ", ".join(
-            f"{in_joules(joules)} ({provenance})"
-            for provenance, joules in total.joules_by.items()
-            if joules
-        )
-        lines.append(f"| {stage} | {bucket} | {duration(total.seconds)} | {energy or '-'} |")
-    lines += ["", "In brackets, how the joules are known; `tdp_model` is no measurement."]
+    for (stage, bucket), total in account.by_bucket.items():
+        time, energy = duration(total.seconds), joules_text(total)
+        lines.append(f"| {stage} | {bucket} | {time} | {energy} |")
+    lines += ["", "In brackets, how the joules are known.", ""]
+    lines += [f"| {' | '.join(HEAD)} |", "|---|---|---|---|"]
+    for cells in figure_rows(account.by_key.values()):
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join([*lines, ""])
 
 

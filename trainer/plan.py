@@ -10,6 +10,7 @@ from trainer.command import run_command
 from trainer.config import TrainConfig
 from trainer.errors import BadInput
 from trainer.models.layers import num_adapter_parameters
+from trainer.observe.carbon import grid_of
 
 _GIB = 2**30
 
@@ -38,8 +39,11 @@ def make_plan(cfg: TrainConfig, *, step: int = 0, images_seen: int = 0) -> Plan:
         images_seen: Images of the steps before.
 
     Raises:
-        BadInput: The batch does not divide, or weights and optimizer cannot fit on the device.
+        BadInput: The batch does not divide, weights and optimizer cannot fit on the device, or
+            there is no such grid.
     """
+    if cfg.accounts.grid is not None:
+        grid_of(cfg.accounts.grid)
     num_ranks = cfg.cluster.num_nodes * cfg.cluster.ranks_per_node
     batch, micro = cfg.batch.global_batch_images, cfg.batch.micro_batch_images
     per_pass = micro * num_ranks

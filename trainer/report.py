@@ -7,11 +7,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from trainer.command import run_command
+from trainer.config_accounts import stated
 from trainer.config_tools import ReportConfig
 from trainer.data.manifest import load_manifest
 from trainer.errors import BadInput
+from trainer.observe.carbon import rates
+from trainer.observe.figure_words import known_text, value_text
+from trainer.observe.figures import Figures, derive, work_on
+from trainer.observe.report_numbers import images_seen
 from trainer.observe.report_page import render
-from trainer.observe.story import DatasetFacts, read_config, read_story
+from trainer.observe.story import DatasetFacts, Story, read_config, read_story
 from trainer.place import place
 from trainer.run_account import run_account
 
@@ -35,12 +40,27 @@ def write_report(cfg: ReportConfig) -> int:
         dataset=None if dataset_dir is None else dataset_facts(dataset_dir),
         versions=_versions(),
     )
+    figures = _figures(cfg, story)
     page = Path(cfg.output) if cfg.output else run_dir / "report.html"
     partial = page.with_name(f"{page.name}.partial")
-    partial.write_text(render(story), encoding="utf-8")
+    partial.write_text(render(story, figures), encoding="utf-8")
     partial.replace(page)
     log.info("report: %s", page)
+    gross = figures.by_key.get("gross_energy_per_image")
+    if gross is not None:
+        log.info("energy: %s, %s", value_text(gross), known_text(gross.known_by))
     return 0
+
+
+def _figures(cfg: ReportConfig, story: Story) -> Figures:
+    assumed = stated(story.config.get("accounts", {}), cfg.accounts)
+    carbon, price = rates(assumed)
+    work = work_on(
+        story.config.get("cluster", {}),
+        images=images_seen(story),
+        kept_samples=story.dataset.rows_kept if story.dataset else 0,
+    )
+    return derive(story.ledger, work, assumed, carbon=carbon, price=price)
 
 
 def dataset_facts(dataset_dir: Path) -> DatasetFacts | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm.attempts import read_attempts
-from slurm.runfile import JOBS, read_rows
+from slurm.runfile import JOBS, read_rows, read_spec
 from trainer.observe.accounts import close_check
 from trainer.observe.allocation import Allocation, missing_frac, unseen
 from trainer.observe.ledger import read_account
@@ -61,6 +61,7 @@ def allocations_of(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[All
         rows: Of its ledgers: of an attempt that was lost nobody wrote when that was.
     """
     submitted = {row["job_id"]: row["unix_s"] for row in read_rows(run_dir / JOBS)}
+    spec = read_spec(run_dir)
     last_s: dict[int, float] = {}
     for ((stage, _, number), _), end_s in period_ends(rows).items():
         if stage == "train":
@@ -77,6 +78,7 @@ def allocations_of(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[All
             Allocation(
                 attempt=attempt.number,
                 nodes=begin.nodes,
+                ranks_per_node=spec.ranks_per_node if spec else 1,
                 queued_unix_s=min(queued, begin.unix_s),
                 begin_unix_s=begin.unix_s,
                 end_unix_s=end_unix_s,

@@ -74,7 +74,8 @@ def test_a_browser_shows_all_of_the_report(browser, report):
         assert shown_px > 40
 
     body = browser.find_element("tag name", "body").text
-    for heading in ("Samples", "Evaluation", "Training", "Time and energy", "Data", "Autoencoder",
+    for heading in ("Samples", "Evaluation", "Training", "Time and energy",
+                    "Energy, carbon and cost", "Data", "Autoencoder",
                     "Configuration", "Lineage", *CAPTIONS):  # fmt: skip
         assert heading in body
     assert len(browser.find_elements("css selector", "svg polyline")) == 4

@@ -1,11 +1,11 @@
 """Sum ledgers: seconds and joules by stage and bucket, rolled-back work moved to lost work."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.observe.energy import MEASURED, Provenance
+from trainer.observe.energy import Provenance
 from trainer.observe.ledger import Bucket
 from trainer.observe.merging import writer_of
 
@@ -21,6 +21,12 @@ class Total:
     def joules(self) -> float:
         """Joules of every provenance together."""
         return sum(self.joules_by.values())
+
+    @property
+    def known_by(self) -> dict[str, float]:
+        """Share of the joules by provenance; empty of no joules."""
+        joules = self.joules
+        return {p: j / joules for p, j in self.joules_by.items() if j > 0}
 
     def add(self, seconds: float, joules: float, provenance: Provenance) -> None:
         """Add one row, or a share of one."""
@@ -56,25 +62,36 @@ def totals(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, Bucket], Total]
         rows: Of one or several ledgers, each in the order it was written.
     """
     sums: defaultdict[tuple[str, Bucket], Total] = defaultdict(Total)
-    lost_fracs = _lost_fracs(rows)
-    for row in rows:
-        stage, bucket = row["stage"], Bucket(row["bucket"])
-        lost_frac = lost_fracs[_interval(row)] if bucket is Bucket.PRODUCTIVE else 0.0
-        for target, frac in ((bucket, 1 - lost_frac), (Bucket.LOST_WORK, lost_frac)):
-            if frac > 0:
-                share = (row["seconds"] * frac, row["joules"] * frac)
-                sums[stage, target].add(*share, row["provenance"])
+    for row, bucket, seconds, joules in _attributed(rows):
+        sums[row["stage"], bucket].add(seconds, joules, row["provenance"])
     order = list(Bucket)
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     keys = sorted(sums, key=lambda key: (stages.index(key[0]), order.index(key[1])))
     return {key: sums[key] for key in keys}
 
 
-def measured_frac(parts: Sequence[Total]) -> float:
-    """Return the share of joules that a counter or power sensor measured; 0 of no joules."""
-    joules = sum(part.joules for part in parts)
-    measured_j = sum(j for part in parts for p, j in part.joules_by.items() if p in MEASURED)
-    return measured_j / joules if joules > 0 else 0.0
+def lost_work(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, int], Total]:
+    """Sum what was done in vain by (stage, attempt, rank); of every one, also if that is nothing.
+
+    Args:
+        rows: As in `totals`.
+    """
+    lost: defaultdict[tuple[str, int, int], Total] = defaultdict(Total)
+    for row, bucket, seconds, joules in _attributed(rows):
+        own = lost[row["stage"], row["attempt"], row["rank"]]
+        if bucket is Bucket.LOST_WORK:
+            own.add(seconds, joules, row["provenance"])
+    return dict(lost)
+
+
+def combined(parts: Iterable[Total]) -> Total:
+    """Add totals up."""
+    whole = Total()
+    for part in parts:
+        whole.seconds += part.seconds
+        for provenance, joules in part.joules_by.items():
+            whole.add(0.0, joules, provenance)
+    return whole
 
 
 def close_check(rows: Sequence[Mapping[str, Any]]) -> list[Closure]:
@@ -92,6 +109,19 @@ def close_check(rows: Sequence[Mapping[str, Any]]) -> list[Closure]:
         )
         for (stage, rank, attempt), seconds_at in periods.items()
     ]
+
+
+def _attributed(
+    rows: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[Mapping[str, Any], Bucket, float, float]]:
+    """Yield (row, bucket, seconds, joules): what of a row belongs where in the end."""
+    lost_fracs = _lost_fracs(rows)
+    for row in rows:
+        bucket = Bucket(row["bucket"])
+        lost_frac = lost_fracs[_interval(row)] if bucket is Bucket.PRODUCTIVE else 0.0
+        for target, frac in ((bucket, 1 - lost_frac), (Bucket.LOST_WORK, lost_frac)):
+            if frac > 0:
+                yield row, target, row["seconds"] * frac, row["joules"] * frac
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[Any, ...]:

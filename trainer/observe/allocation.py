@@ -16,6 +16,7 @@ class Allocation:
 
     attempt: int
     nodes: Sequence[str]
+    ranks_per_node: int
     queued_unix_s: float
     """Since when its job waited."""
     begin_unix_s: float
@@ -94,11 +95,12 @@ def _seen(rows: Sequence[Row]) -> dict[tuple[int, str], _Seen]:
 def _of_node(allocation: Allocation, node: str, seen: _Seen | None) -> Iterator[dict[str, Any]]:
     labels = {
         "attempt": allocation.attempt,
-        "rank": allocation.nodes.index(node),
+        "rank": allocation.nodes.index(node) * allocation.ranks_per_node,
         "stage": _STAGE,
         "node": node,
         "joules": 0.0,
         "provenance": "none",
+        "step": 0,
     }
     begin_s, end_s = allocation.begin_unix_s, allocation.end_unix_s
     gaps = [(Bucket.QUEUE, allocation.queued_unix_s, begin_s)]

@@ -58,6 +58,12 @@ def table(
     return tag("div", tag("table", *parts), class_="scroll")
 
 
+def absent(what: str, command: str) -> list[Html]:
+    """Say that something is not there yet, and which command makes it."""
+    text = tag("p", f"{what}: not there yet. Run ", tag("code", command), ".", class_="absent")
+    return [text]
+
+
 def picture(path: Path, *, alt: str) -> Html:
     """Embed a picture file, so that the page asks for nothing; say so when it is not there."""
     media = _MEDIA.get(path.suffix.lower())

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.observe.accounts import Total, measured_frac, totals
+from trainer.observe.accounts import Total, combined
 from trainer.observe.charts import Point
 from trainer.observe.ledger import Bucket
 from trainer.observe.progress import in_words
@@ -12,7 +12,6 @@ from trainer.observe.story import Story
 
 _TAIL_FRAC = 0.05
 """The last share of logged steps, over which the final loss is averaged."""
-J_PER_KWH = 3.6e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,34 +21,32 @@ class Numbers:
     steps: int
     total_steps: int | None
     images: int
-    train_s: float
-    train_j: float
-    all_j: float
-    """With preparing and encoding the data."""
-    measured_frac: float
+    train: Total
     productive_s: float
-    productive_j: float
     final_loss: float | None
     score: tuple[str, float, float | None] | None
     """Name, value and chance level of the first score of the evaluation."""
 
 
-def headline(story: Story) -> Numbers:
-    """Compute the summary's numbers."""
-    sums = totals(story.ledger)
-    train = [total for (stage, _), total in sums.items() if stage == "train"]
-    productive = sums.get(("train", Bucket.PRODUCTIVE), Total())
+def images_seen(story: Story) -> int:
+    """Return how many images the run's last logged step had trained on."""
+    return int(story.metrics[-1].get("images_seen", 0)) if story.metrics else 0
+
+
+def headline(story: Story, sums: Mapping[tuple[str, Bucket], Total]) -> Numbers:
+    """Compute the summary's numbers.
+
+    Args:
+        story: Of the run.
+        sums: Of its ledger, from `totals`.
+    """
     last = story.metrics[-1] if story.metrics else {}
     return Numbers(
         steps=int(last.get("step", 0)),
         total_steps=story.plan.get("total_steps"),
-        images=int(last.get("images_seen", 0)),
-        train_s=sum(total.seconds for total in train),
-        train_j=sum(total.joules for total in train),
-        all_j=sum(total.joules for total in sums.values()),
-        measured_frac=measured_frac(list(sums.values())),
-        productive_s=productive.seconds,
-        productive_j=productive.joules,
+        images=images_seen(story),
+        train=combined(total for (stage, _), total in sums.items() if stage == "train"),
+        productive_s=sums.get(("train", Bucket.PRODUCTIVE), Total()).seconds,
         final_loss=_final_loss(story.metrics),
         score=next(iter(scores(story.evaluation)), None),
     )
@@ -91,12 +88,14 @@ def in_joules(joules: float) -> str:
     """Write an energy: '812 J', '14.2 kJ', '3.10 MJ'."""
     for unit, name in ((1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ")):
         if joules >= unit:
-            return f"{_three_digits(joules / unit)} {name}"
-    return f"{_three_digits(joules)} J"
+            return f"{three_digits(joules / unit)} {name}"
+    return f"{three_digits(joules)} J"
 
 
-def _three_digits(value: float) -> str:
-    return f"{value:#.3g}".removesuffix(".")
+def three_digits(value: float) -> str:
+    """Write a number with three digits that count: '0.0123', '12.3', '1,230'."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:#.3g}".removesuffix(".")
 
 
 def duration(seconds: float) -> str:

@@ -1,19 +1,18 @@
 """Lay a run's story out as one self-contained HTML page."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trainer.observe.accounts import Total, close_check, totals
 from trainer.observe.charts import WIDE_PX, Line, line_chart, smooth
 from trainer.observe.evaluations import FOLDER
-from trainer.observe.html import Html, cards, join, page, picture, table, tag
-from trainer.observe.ledger import Bucket
+from trainer.observe.figure_words import known_text
+from trainer.observe.figures import Figures
+from trainer.observe.html import Html, absent, cards, page, picture, table, tag
+from trainer.observe.report_accounts import accounts, attempts, figure_table
 from trainer.observe.report_numbers import (
-    J_PER_KWH,
     Numbers,
     curve,
     duration,
@@ -27,30 +26,23 @@ from trainer.observe.report_style import STYLE
 from trainer.observe.story import DatasetFacts, Story
 
 _FIRST_PICTURES = 24
-_MEANING = {
-    Bucket.QUEUE: "waiting for the scheduler",
-    Bucket.INIT: "starting: imports, building, compiling",
-    Bucket.RESTORE: "loading a checkpoint",
-    Bucket.PRODUCTIVE: "work that is in the result",
-    Bucket.DATA_STALL: "waiting for data",
-    Bucket.ENCODING: "encoding pictures and captions between steps (data.latents=online)",
-    Bucket.CHECKPOINT_STALL: "waiting for a checkpoint",
-    Bucket.EVALUATION: "evaluating",
-    Bucket.DRAIN: "stopping",
-    Bucket.LOST_WORK: "work done again after a stop or a rollback",
-    Bucket.IDLE: "nothing",
-}
 
 
-def render(story: Story) -> str:
-    """Return the page; the same story gives the same bytes."""
-    numbers = headline(story)
+def render(story: Story, figures: Figures) -> str:
+    """Return the page; the same story gives the same bytes.
+
+    Args:
+        story: Of the run.
+        figures: Of its account.
+    """
+    numbers = headline(story, figures.by_bucket)
     sections = [
         _section("summary", None, _summary(story, numbers)),
         _section("samples", "Samples", _samples(story)),
         _section("evaluation", "Evaluation", _evaluation(story)),
         _section("training", "Training", _training(story)),
-        _section("accounts", "Time and energy", _accounts(story, numbers)),
+        _section("accounts", "Time and energy", accounts(story, figures)),
+        _section("figures", "Energy, carbon and cost", figure_table(story, figures)),
         _section("data", "Data", _data(story.dataset)),
         _section("reconstructions", "Autoencoder", _reconstructions(story)),
         _section("config", "Configuration", _config(story)),
@@ -62,11 +54,6 @@ def render(story: Story) -> str:
 def _section(name: str, heading: str | None, body: Sequence[Html]) -> Html:
     title = [tag("h2", heading)] if heading else []
     return tag("section", *title, *body, id=name)
-
-
-def _absent(what: str, command: str) -> list[Html]:
-    text = tag("p", f"{what}: not there yet. Run ", tag("code", command), ".", class_="absent")
-    return [text]
 
 
 def _summary(story: Story, numbers: Numbers) -> list[Html]:
@@ -88,11 +75,11 @@ def _sentences(story: Story, numbers: Numbers) -> Iterator[str]:
         of = f" of {numbers.total_steps:,}" if numbers.total_steps else ""
         data = f" of dataset {story.dataset.fingerprint[:12]}" if story.dataset else ""
         yield f"{what}, trained for {numbers.steps:,}{of} steps on {numbers.images:,} images{data}."
-    if numbers.train_s:
+    if numbers.train.seconds:
         yield (
-            f"Training took {duration(numbers.train_s)}, of which "
-            f"{100 * numbers.productive_s / numbers.train_s:.0f} % went into the result, and "
-            f"{in_joules(numbers.train_j)}{_provenance(numbers)}."
+            f"Training took {duration(numbers.train.seconds)}, of which "
+            f"{100 * numbers.productive_s / numbers.train.seconds:.0f} % went into the result, and "
+            f"{in_joules(numbers.train.joules)}: {known_text(numbers.train.known_by)}."
         )
     if numbers.final_loss is not None:
         yield f"The loss ended at {numbers.final_loss:.4f}."
@@ -102,24 +89,17 @@ def _sentences(story: Story, numbers: Numbers) -> Iterator[str]:
         yield f"{score_label(name).capitalize()}: {score_text(name, value)}{against}."
 
 
-def _provenance(numbers: Numbers) -> str:
-    if not numbers.all_j:
-        return " (no meter)"
-    if numbers.measured_frac == 0:
-        return " (modelled, not measured)"
-    return f" ({100 * numbers.measured_frac:.0f} % of all joules measured)"
-
-
 def _cards(numbers: Numbers) -> Iterator[tuple[str, str]]:
     yield "steps", f"{numbers.steps:,}"
     yield "images seen", f"{numbers.images:,}"
-    if numbers.train_s:
-        yield "training time", duration(numbers.train_s)
-        yield "productive", f"{100 * numbers.productive_s / numbers.train_s:.0f} %"
+    if numbers.train.seconds:
+        yield "training time", duration(numbers.train.seconds)
+        yield "productive", f"{100 * numbers.productive_s / numbers.train.seconds:.0f} %"
     if numbers.productive_s:
         yield "images/s, productive", f"{numbers.images / numbers.productive_s:.1f}"
-    if numbers.train_j:
-        yield "training energy", in_joules(numbers.train_j)
+    if numbers.train.joules:
+        known = known_text(numbers.train.known_by)
+        yield f"training energy, {known}", in_joules(numbers.train.joules)
     if numbers.final_loss is not None:
         yield "final loss", f"{numbers.final_loss:.4f}"
     if numbers.score:
@@ -129,7 +109,7 @@ def _cards(numbers: Numbers) -> Iterator[tuple[str, str]]:
 
 def _data(facts: DatasetFacts | None) -> list[Html]:
     if facts is None:
-        return _absent("The dataset's manifest", "kiln prepare")
+        return absent("The dataset's manifest", "kiln prepare")
     whole = max(facts.rows_in, 1)
     rejected = sorted(facts.rejected.items(), key=lambda item: (-item[1], item[0]))
     counts = [("kept", facts.rows_kept), *((f"rejected: {why}", n) for why, n in rejected)]
@@ -170,77 +150,14 @@ def _training(story: Story) -> list[Html]:
     ]
     drawn = [chart for chart in charts if chart is not None]
     if not drawn:
-        return _absent("Two logged steps", f"kiln train run={story.run_dir}")
+        return absent("Two logged steps", f"kiln train run={story.run_dir}")
     return [tag("div", *drawn, class_="charts")]
-
-
-def _accounts(story: Story, numbers: Numbers) -> list[Html]:
-    if not story.ledger:
-        return _absent("The ledger", f"kiln train run={story.run_dir}")
-    sums = totals(story.ledger)
-    parts: list[Html] = []
-    for stage in dict.fromkeys(stage for stage, _ in sums):
-        buckets = {bucket: total for (of, bucket), total in sums.items() if of == stage}
-        parts += [tag("h3", stage.capitalize()), _bar(buckets), _bucket_table(buckets)]
-    return [*parts, *_energy_notes(story, numbers)]
-
-
-def _bar(buckets: Mapping[Bucket, Total]) -> Html:
-    whole_s = sum(total.seconds for total in buckets.values()) or 1.0
-    slices = [
-        tag("i", class_=f"b-{bucket.value}", style=f"width:{100 * total.seconds / whole_s:.3f}%")
-        for bucket, total in buckets.items()
-    ]
-    return tag("div", *slices, class_="bar", aria_hidden="true")
-
-
-def _bucket_table(buckets: Mapping[Bucket, Total]) -> Html:
-    whole_s = sum(total.seconds for total in buckets.values()) or 1.0
-    rows = [
-        (
-            join((tag("i", class_=f"swatch b-{bucket.value}"), bucket.value.replace("_", " "))),
-            tag("span", _MEANING[bucket], class_="soft"),
-            duration(total.seconds),
-            f"{100 * total.seconds / whole_s:.1f} %",
-            in_joules(total.joules),
-            ", ".join(name for name, joules in total.joules_by.items() if joules > 0) or "none",
-        )
-        for bucket, total in buckets.items()
-        if total.seconds > 0 or total.joules > 0
-    ]
-    all_j = sum(total.joules for total in buckets.values())
-    filled = table(
-        ("bucket", "meaning", "time", "share", "energy", "known by"),
-        rows,
-        numeric=4,
-        foot=("all", "", duration(whole_s), "100 %", in_joules(all_j), ""),
-    )
-    return tag("div", filled, class_="wide")
-
-
-def _energy_notes(story: Story, numbers: Numbers) -> Iterator[Html]:
-    open_accounts = [check for check in close_check(story.ledger) if not check.holds()]
-    words = "Every second of every attempt lies in exactly one bucket."
-    if open_accounts:
-        names = ", ".join(f"{check.stage} {check.attempt}" for check in open_accounts)
-        words = f"The account does not close for: {names}."
-    if numbers.images and numbers.all_j and numbers.productive_j:
-        words += (
-            f" {numbers.all_j / numbers.images:.3g} J per image seen with everything counted, "
-            f"{numbers.productive_j / numbers.images:.3g} J of productive work alone; "
-            f"{numbers.images / (numbers.all_j / J_PER_KWH):,.0f} images per kWh."
-        )
-    words += (
-        f" {100 * numbers.measured_frac:.0f} % of the joules are measured; tdp_model is busy "
-        "core-seconds times stated watts, without idle power, memory or cooling."
-    )
-    yield tag("p", words, class_="note")
 
 
 def _evaluation(story: Story) -> list[Html]:
     found, charts = scores(story.evaluation), _evaluation_charts(story)
     if not found and not charts:
-        return _absent("The evaluation", f"kiln evaluate run={story.run_dir}")
+        return absent("The evaluation", f"kiln evaluate run={story.run_dir}")
     rows = [
         (
             score_label(name),
@@ -290,7 +207,7 @@ def _evaluation_charts(story: Story) -> list[Html]:
 def _samples(story: Story) -> list[Html]:
     entries = story.samples.get("samples", [])
     if not entries:
-        return _absent("Pictures", f"kiln sample run={story.run_dir}")
+        return absent("Pictures", f"kiln sample run={story.run_dir}")
     folder = story.run_dir / "samples"
     figures = [
         tag(
@@ -318,7 +235,7 @@ def _verdict(ok: bool | None) -> list[Html]:
 def _reconstructions(story: Story) -> list[Html]:
     entries = story.samples.get("reconstructions", [])
     if not entries:
-        return _absent("Reconstructions", f"kiln sample run={story.run_dir}")
+        return absent("Reconstructions", f"kiln sample run={story.run_dir}")
     folder = story.run_dir / "samples"
     figures = []
     for entry in entries:
@@ -353,35 +270,8 @@ def _lineage(story: Story) -> list[Html]:
             for name, value in story.dataset.provenance.items()
         ]
     rows += [(f"version of {name}", _value(version)) for name, version in story.versions.items()]
-    return [*_attempts(story), table(("", ""), rows, numeric=0)]
+    return [*attempts(story), table(("", ""), rows, numeric=0)]
 
 
 def _value(value: Any) -> Html:  # noqa: ANN401 - JSON
     return tag("code", value if isinstance(value, str) else yaml.safe_dump(value).strip(" .\n"))
-
-
-def _attempts(story: Story) -> list[Html]:
-    rows = []
-    for check in close_check(story.ledger):
-        own = [
-            row
-            for row in story.ledger
-            if (row["stage"], row["attempt"], row["rank"])
-            == (check.stage, check.attempt, check.rank)
-        ]
-        started = datetime.fromtimestamp(min(row["start_unix_s"] for row in own), UTC)
-        killed = any(row["bucket"] == Bucket.LOST_WORK for row in own)
-        ended = "killed" if killed else "properly" if own[-1].get("closed") else "running or killed"
-        rows.append(
-            (
-                f"{check.stage} {check.attempt}",
-                f"{started:%Y-%m-%d %H:%M:%S} UTC",
-                ended,
-                duration(sum(row["seconds"] for row in own)),
-                f"{max(row['step'] for row in own):,}" if check.stage == "train" else "-",
-            )
-        )
-    if not rows:
-        return []
-    head = ("attempt", "started", "ended", "time", "last step")
-    return [tag("h3", "Attempts"), table(head, rows, numeric=2), tag("h3", "Made from")]

@@ -17,6 +17,7 @@ SAVED = "saved.json"
 # What may differ between attempts: where and how fast is computed, and from here on which samples
 # make a step, but never the order of a dataset's samples.
 _MAY_CHANGE = (
+    "accounts.",
     "batch.",
     "checkpoint.every_images",
     "checkpoint.keep_",

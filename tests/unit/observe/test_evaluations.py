@@ -24,6 +24,7 @@ from trainer.observe.evaluations import (
     result_path,
     training_rows,
 )
+from trainer.observe.figures import Figures
 from trainer.observe.jsonl import JsonLines, read_rows
 from trainer.observe.progress import LiveProgress, PlainProgress
 from trainer.observe.report_page import render
@@ -141,7 +142,8 @@ def test_the_report_draws_scores_over_the_images_seen(tmp_path):
     run = write_run(tmp_path)
 
     def page():
-        return render(read_story(run, ledger=[], dataset=None, versions={}))
+        story = read_story(run, ledger=[], dataset=None, versions={})
+        return render(story, Figures(by_bucket={}, by_key={}))
 
     without = page()
     for step, value in ((50, 0.2), (STEPS, 0.6)):

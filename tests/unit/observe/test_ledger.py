@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.observe.accounts import close_check, measured_frac, totals
+from trainer.observe.accounts import close_check, combined, totals
 from trainer.observe.jsonl import read_rows
 from trainer.observe.ledger import Bucket, Ledger
 from trainer.observe.ledger import Clock as LedgerClock
@@ -107,7 +107,8 @@ def test_seconds_and_joules_are_conserved_whatever_happens(tmp_path, actions):
     assert all(row["seconds"] >= 0 and row["joules"] >= 0 for row in rows)
     assert all(closure.holds() for closure in close_check(rows))
     if wall_s > 1e-3:  # joules are written with a last digit, which is all of less
-        assert measured_frac(list(parts)) == pytest.approx(300 / 320)
+        known_by = combined(parts).known_by
+        assert known_by == pytest.approx({"counter": 300 / 320, "tdp_model": 20 / 320})
 
 
 def test_joules_follow_power_over_time(tmp_path):
@@ -128,7 +129,7 @@ def test_without_a_meter_joules_are_zero_of_unknown_provenance(tmp_path):
         clock.at_s += 1
     rows = read_rows(tmp_path / "l.jsonl")
     assert {(row["joules"], row["provenance"]) for row in rows} == {(0.0, "none")}
-    assert measured_frac(list(totals(rows).values())) == 0.0
+    assert combined(totals(rows).values()).known_by == {}
 
 
 def test_imports_before_the_ledger_was_opened_are_init(tmp_path):

@@ -3,11 +3,13 @@ import math
 import re
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.observed_run import CAPTIONS, STEPS, Now, write_config, write_run, write_training
 from trainer.errors import BadInput
+from trainer.observe.accounts import totals
 from trainer.observe.charts import Line, line_chart, round_ticks, short_number, smooth, thin
 from trainer.observe.html import Html, join, tag
 from trainer.observe.ledger import read_account
@@ -15,7 +17,7 @@ from trainer.observe.report_numbers import headline, in_joules
 from trainer.observe.story import last_of_each_step, read_story
 from trainer.report import ReportConfig, dataset_facts, main, write_report
 
-SECTIONS = ["summary", "samples", "evaluation", "training", "accounts", "data",
+SECTIONS = ["summary", "samples", "evaluation", "training", "accounts", "figures", "data",
             "reconstructions", "config", "lineage"]  # fmt: skip
 
 
@@ -133,11 +135,92 @@ def test_productive_time_is_that_of_the_steps_in_the_result(tmp_path):
     write_config(run, tmp_path / "d")
     write_training(run, now)
     story = read_story(run, ledger=read_account(run), dataset=None, versions={})
-    numbers = headline(story)
+    numbers = headline(story, totals(story.ledger))
     assert numbers.productive_s == pytest.approx(STEPS * 0.9, rel=1e-3)
-    assert numbers.train_s == pytest.approx(now.at_s - Now().at_s)
-    assert numbers.train_j == pytest.approx(10 * numbers.train_s)
-    assert numbers.measured_frac == 0
+    assert numbers.train.seconds == pytest.approx(now.at_s - Now().at_s)
+    assert numbers.train.joules == pytest.approx(10 * numbers.train.seconds)
+    assert numbers.train.known_by == {"tdp_model": 1.0}
+
+
+def figures_section(html):
+    return re.search(r'<section id="figures">(.*?)</section>', html).group(1)
+
+
+def test_figures_say_how_they_are_known_and_what_they_assume(tmp_path):
+    html = figures_section(page(write_run(tmp_path)))
+    text = re.sub(r"<[^>]+>", "|", html)
+    assert "|Energy per image, gross||0.177 J/image||100 % modelled (tdp_model)||" in text
+    assert "tdp_model: busy core-seconds x stated watts" in text
+    assert "PUE 1: nothing for cooling" in text
+    for unknown in ("gCO2e", "Cost", "GPU"):
+        assert unknown not in text
+    assert "nobody said which grid it was. Run |kiln report run=" in text
+
+
+def test_assumptions_are_given_without_touching_the_run(tmp_path, caplog):
+    run = write_run(tmp_path)
+    config = (run / "config.yaml").read_bytes()
+    caplog.set_level("INFO")
+    words = ["accounts.grid=DEU", "accounts.pue=1.5", "accounts.price_per_kwh=0.3"]
+    assert main([f"run={run}", *words, "accounts.currency=EUR"]) == 0
+    text = re.sub(r"<[^>]+>", "|", figures_section((run / "report.html").read_text()))
+    energy_j = 10 * (75 + 48 + 5 + 226.4)
+    assert f"|Facility energy||{in_joules(1.5 * energy_j)}||100 % modelled" in text
+    assert f"|Carbon||{1.5 * energy_j / 3.6e6 * 380.95:.3f} gCO2e||" in text
+    assert "380.95 gCO2/kWh, Germany&#x27;s mean of 2023 (codecarbon 3.3.2)" in text
+    assert f"|Cost of energy||{1.5 * energy_j / 3.6e6 * 0.3:#.3g} EUR||" in text
+    assert "nobody said which grid" not in text
+    assert (run / "config.yaml").read_bytes() == config
+    assert "energy: 0.177 J/image, 100 % modelled (tdp_model)" in caplog.text
+
+
+def test_what_the_run_assumes_holds_where_the_report_says_nothing(tmp_path):
+    run = write_run(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    cluster = {"device": "cuda", "num_nodes": 1, "ranks_per_node": 8}
+    stated = {"grid": "FRA", "pue": 1.25, "price_per_gpu_hour": 2.0}
+    config |= {"cluster": cluster, "accounts": stated}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = figures_section(page(run, accounts={"pue": 1.5, "grid": None}))
+    for told in ("PUE 1.5: stated", "France", "2 USD per GPU hour", "x 8 GPUs"):
+        assert told in text
+
+
+def test_hours_are_those_of_the_run(tmp_path):
+    run = write_run(tmp_path)
+    hourly = tmp_path / "hours.csv"
+    hourly.write_text("time,g_co2_per_kwh\n2027-01-15T08:00Z,100\n")
+    html = figures_section(page(run, accounts={"hourly": str(hourly)}))
+    assert "g_co2_per_kwh of each hour (hours.csv)" in html
+    hourly.write_text("time,g_co2_per_kwh\n2027-01-15T09:00Z,100\n")
+    with pytest.raises(BadInput, match=r"has no hour for 2027-01-15 08:00 UTC"):
+        page(run, accounts={"hourly": str(hourly)})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["accounts.grid=DUE"], r"accounts\.grid=DUE is none .*Did you mean .*DEU \(Germany\)"),
+        (["accounts.pue=0.9"], r"accounts\.pue=0\.9: .*greater than or equal to 1"),
+        (["accounts.pue=much"], r"accounts\.pue='much': .*number"),
+        (["accounts.price_per_kwh=-1"], r"accounts\.price_per_kwh=-1.*greater than or equal to 0"),
+        (["accounts.node_overhead_w=inf"], r"accounts\.node_overhead_w=inf: .*finite"),
+        (["accounts.currency='a b'"], r"accounts\.currency='a b'"),
+        (["accounts.gird=DEU"], r"got the key 'accounts\.gird'.*Did you mean accounts\.grid"),
+        (["accounts.grid=DEU", "accounts.hourly=h.csv"],
+         r"accounts: grid=DEU and hourly=h\.csv both say .*Set one of them to null"),
+    ],
+)  # fmt: skip
+def test_impossible_assumptions_are_refused(tmp_path, words, message):
+    with pytest.raises(BadInput, match=message):
+        main([f"run={write_run(tmp_path)}", *words])
+
+
+def test_what_was_lost_is_told_of_each_attempt(tmp_path):
+    text = re.sub(r"<[^>]+>", "|", page(write_run(tmp_path)))
+    lost_j = 10 * 20 * 0.9
+    assert re.search(rf"\|train 0\|.*?\|{lost_j:.0f} J \(tdp_model\)\|\|120\|", text)
+    assert re.search(r"\|train 1\|[^a-z]*UTC[^0-9]*1 min \d\d s\|\|-\|\|200\|", text)
 
 
 def test_dataset_facts_add_up(tmp_path):

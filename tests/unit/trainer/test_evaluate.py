@@ -22,7 +22,7 @@ from trainer.claims import claimed
 from trainer.config import TrainConfig
 from trainer.config_tools import EvaluateConfig
 from trainer.errors import BadInput, BadWorld
-from trainer.export_card import training_facts
+from trainer.export_card import account_figures, training_facts
 from trainer.frozen import compose, read_yaml
 from trainer.loop import Progress, StepFacts
 from trainer.models.denoisers import build_denoiser
@@ -157,7 +157,9 @@ def test_all_checkpoints_are_evaluated_and_the_newest_is_the_runs(tiny_run):
     assert at_16["images_seen"] == 128
     cfg = read_yaml(TrainConfig, tiny_run / "config.yaml")
     state = read_state(tiny_run / "checkpoints/step_00000008")
-    facts = training_facts(tiny_run, cfg, state, weights="ema")
+    facts = training_facts(
+        tiny_run, cfg, state, account_figures(tiny_run, cfg, state), weights="ema"
+    )
     assert facts["mean_loss_of_last_rows"] == pytest.approx(sum(1 / n for n in range(1, 9)) / 8)
     account = read_account(tiny_run)
     assert sorted({row["attempt"] for row in account}) == [0, 1, 2]

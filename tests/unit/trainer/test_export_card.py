@@ -1,6 +1,8 @@
 """Laws of the model card: it loads what it describes, and says nothing that nobody measured."""
 
 import json
+import re
+from html import unescape
 
 import pytest
 import yaml
@@ -9,8 +11,11 @@ from PIL import Image
 from tests.exports import UNET, V, export_config, make_run
 from tests.tiny_dataset import scenes_dataset
 from trainer import export
+from trainer.config_tools import ReportConfig
 from trainer.data.manifest import load_manifest
 from trainer.export_card import public_name
+from trainer.observe.figure_words import HEAD
+from trainer.report import write_report
 
 LEDGER_ROW = {
     "stage": "train",
@@ -18,6 +23,7 @@ LEDGER_ROW = {
     "rank": 0,
     "attempt": 0,
     "start_unix_s": 0.0,
+    "step": 8,
     "first_step": 0,
     "last_step": 8,
     "seconds": 75.0,
@@ -81,7 +87,37 @@ def test_what_was_measured_is_told(run, tmp_path):
     assert "Label them" in body
 
 
+def test_figures_are_those_of_the_report(run, tmp_path):
+    cfg = yaml.safe_load((run / "config.yaml").read_text())
+    cfg["accounts"] |= {"grid": "SWE", "price_per_kwh": 0.25, "currency": "EUR"}
+    (run / "config.yaml").write_text(yaml.safe_dump(cfg))
+    counted = {**LEDGER_ROW, "provenance": "counter", "joules": 30_700.0, "seconds": 0.0}
+    (run / "ledger.jsonl").write_text(f"{json.dumps(LEDGER_ROW)}\n{json.dumps(counted)}\n")
+    row = {"step": 8, "images_seen": 64, "train/loss": 1.0, "train/lr": 0.1}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    _, body = card(run, tmp_path / "out")
+    known = "71 % measured (counter), 29 % modelled (tdp_model)"
+    assert f"| Energy per image, gross | 672 J/image | {known} | all of training / 64 im" in body
+    assert "SWE" not in body
+    assert "40.695 gCO2/kWh, Sweden's mean of 2023 (codecarbon 3.3.2)" in body
+    told = json.loads((tmp_path / "out" / "training.json").read_text())["figures"]
+    assert told["gross_energy_per_image"]["value"] == pytest.approx(43_000 / 64)
+    assert told["gross_energy_per_image"]["known_by"] == pytest.approx(
+        {"counter": 30.7 / 43, "tdp_model": 12.3 / 43}
+    )
+    assert told["data_energy_per_sample"]["value"] > 0
+
+    write_report(ReportConfig(run=str(run), dataset=None, output=None))
+    page = unescape(re.sub("<[^>]+>", "", (run / "report.html").read_text()))
+    cells = [line.strip("| ").split(" | ") for line in body.splitlines() if line[:1] == "|"]
+    figures = cells[cells.index(list(HEAD)) + 2 :][: len(told)]
+    assert len(figures) == len(told)
+    for row in figures:
+        assert "".join(row) in page
+
+
 def test_what_was_not_measured_is_not_told(run, tmp_path):
+    (tmp_path / "here" / "scenes" / "ledger.jsonl").unlink()
     _, body = card(run, tmp_path / "out")
     assert "## Cost" not in body
     assert "## Evaluation" not in body

@@ -1,9 +1,22 @@
+from pathlib import Path
+
 import pytest
+import yaml
 
 from tests.tiny import tiny_config
 from trainer.config import TrainConfig
+from trainer.config_accounts import AccountsConfig, stated
 from trainer.errors import BadInput
-from trainer.frozen import compose, differences, field_help, freeze, read_yaml, thaw, write_yaml
+from trainer.frozen import (
+    compose,
+    compose_dict,
+    differences,
+    field_help,
+    freeze,
+    read_yaml,
+    thaw,
+    write_yaml,
+)
 
 DATASET = "data.dataset=somewhere"
 
@@ -38,12 +51,33 @@ def test_a_missing_file_is_named(tmp_path):
         ([DATASET, "ema.half_life_images=[]"], "Try half_life_images="),
         ([DATASET, "optim.kind=adafactor"], "Try engine.zero_stage=0"),
         ([DATASET, "cluster.num_nodes=2"], "Try cluster.num_nodes=1"),
+        ([DATASET, "accounts.pue=0.5"], "accounts.pue=0.5: .*greater than or equal to 1"),
+        ([DATASET, "accounts.grid=DEU", "accounts.hourly=h.csv"], "Set one of them to null"),
         ([DATASET, "model=autoencoder_small"], "Try objective=reconstruction"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_key_and_a_way_out(overrides, message):
     with pytest.raises(BadInput, match=f"(?s){message}"):
         compose(TrainConfig, "train", overrides)
+
+
+def test_a_run_from_before_a_section_is_read_with_its_defaults(tmp_path):
+    cfg = compose(TrainConfig, "train", [DATASET])
+    data = thaw(cfg)
+    del data["accounts"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(data))
+    assert read_yaml(TrainConfig, tmp_path / "config.yaml") == cfg
+
+
+def test_a_report_may_change_all_that_a_run_assumes():
+    changes = compose_dict("report", ["run=x"])["accounts"]
+    assert list(changes) == list(compose_dict("train", [DATASET])["accounts"])
+    assert not any(changes.values())
+    assert stated({}, changes) == AccountsConfig()
+    assert stated({"grid": "DEU", "pue": 1.2}, {**changes, "hourly": "h.csv"}) == AccountsConfig(
+        hourly=Path("h.csv"), pue=1.2
+    )
+    assert stated({"hourly": "h.csv"}, {"grid": "DEU"}) == AccountsConfig(grid="DEU")
 
 
 def test_config_is_frozen():

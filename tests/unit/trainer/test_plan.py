@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from tests.tiny import tiny_config
+from trainer.config_accounts import AccountsConfig
 from trainer.errors import BadInput
 from trainer.plan import main, make_plan
 
@@ -44,6 +47,12 @@ def test_what_cannot_fit_is_refused_and_sharding_helps():
     assert memory == sorted(memory, reverse=True)
     # ZeRO-3 shards everything: 4 + 4 + 12 + 4 bytes per parameter over two ranks.
     assert memory[3] == pytest.approx(2**28 * 24 / 2 / 2**30)
+
+
+def test_a_grid_that_nobody_knows_is_refused_before_anything_is_trained():
+    make_plan(replace(tiny_config(), accounts=AccountsConfig(grid="DEU")))
+    with pytest.raises(BadInput, match=r"accounts\.grid=Germany is none .*Did you mean DEU"):
+        make_plan(replace(tiny_config(), accounts=AccountsConfig(grid="Germany")))
 
 
 def test_the_plan_of_the_real_thing_prints_and_touches_nothing(capsys, tmp_path, monkeypatch):

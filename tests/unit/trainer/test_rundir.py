@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from tests.tiny import tiny_config
+from trainer.config_accounts import AccountsConfig
 from trainer.errors import BadInput
 from trainer.runtime.rundir import attempt_dir, config_changes, freeze_config, locked, new_attempt
 
@@ -22,6 +25,8 @@ def test_the_layout_may_change_between_attempts_and_the_numbers_may_not(tmp_path
     assert config_changes(tmp_path, tiny_config()) == []
     changed = config_changes(tmp_path, tiny_config(cluster__ranks_per_node=4))
     assert changed == ["cluster.ranks_per_node: 1 -> 4"]
+    stated = replace(tiny_config(), accounts=AccountsConfig(grid="DEU"))
+    assert config_changes(tmp_path, stated) == ['accounts.grid: null -> "DEU"']
     with pytest.raises(BadInput, match=r"(?s)begun with another.*optim.eps: 1e-08 -> 0.1"):
         freeze_config(tmp_path, tiny_config(optim__eps=0.1))
 
