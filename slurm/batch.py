@@ -30,7 +30,7 @@ from slurm.preflight import asking, judge_answers, read_answers
 from slurm.rendezvous import rendezvous
 from slurm.runfile import STOP, read_json, read_spec, saved_step
 from slurm.spec import EARLY_WARNING_S, RunSpec
-from slurm.step import Ended, Steps
+from slurm.step import TOO_LONG, Ended, Steps
 from trainer.runtime.ending import cause, read_failures, read_stuck, stuck_ranks
 from trainer.runtime.signals import EXIT_FINAL, EXIT_REQUEUE
 
@@ -116,6 +116,9 @@ class Batch:
         )
         if self._is_told_to_stop(met):
             return self._judge(Ended(EXIT_REQUEUE, ()))
+        if met.code == TOO_LONG:
+            why = f"the nodes did not add numbers together within {checks.timeout_s} s"
+            return Judgement("bad_node", f"{why}; see all_reduce_*.log", {})
         if met.code:
             first = str(met.died[0]) if met.died else f"code {met.code}"
             suspects = {died.node: 0.5 for died in met.died[:1]}

@@ -38,7 +38,7 @@ def line(source: Path, run: Path, *more: str) -> list[str]:
     return ["pipeline", *words(source, run, *SITE, *QUICKLY, *more)]
 
 
-def wait_for_all(run: Path, timeout_s: float = 420) -> dict[str, str]:
+def wait_for_all(run: Path, timeout_s: float = 900) -> dict[str, str]:
     """Wait until no job of a pipeline is left; return how the last ones ended, by stage."""
 
     def are_gone() -> bool:

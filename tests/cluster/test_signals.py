@@ -172,6 +172,16 @@ def test_a_bad_node_is_found_before_ranks_start_and_left_out(cluster, tmp_path, 
     assert "node1" not in wait_running(run, 1).begin.nodes
 
 
+def test_nodes_that_do_not_meet_in_time_are_told_and_none_is_to_blame(cluster, tmp_path):
+    run = tmp_path / "run"
+    checks = Checks(folders=(), min_free_gb=0, max_clock_skew_s=5, timeout_s=3, gpus=0)
+    job_id = submit(run, spec=spec_of(run, checks=checks, meet=("sleep", "60")))
+    end = wait_ended(run).end
+    assert (end.cause, end.suspects) == ("bad_node", {})
+    assert end.why.startswith("the nodes did not add numbers together within 3 s")
+    wait_for(lambda: state(job_id) == "PENDING", "the job in the queue")
+
+
 def test_told_to_stop_before_ranks_start_no_node_is_to_blame(cluster, tmp_path, monkeypatch):
     run = tmp_path / "run"
     checks = nvidia_smi(tmp_path, monkeypatch, "sleep 30")

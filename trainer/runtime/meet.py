@@ -1,5 +1,6 @@
 """A small all-reduce with one rank per node: do the nodes find each other, and add right?"""
 
+import faulthandler
 import os
 import signal
 import sys
@@ -12,12 +13,14 @@ from trainer.runtime.env import read_rank_env
 from trainer.runtime.signals import EXIT_REQUEUE, STOP_SIGNALS
 
 _NUMBERS = 1 << 20
+_SAY_WHERE_AFTER_S = 30
 
 
 def main(argv: Sequence[str]) -> None:
     """`python -m trainer.runtime.meet cpu|cuda`, once per node."""
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
+    faulthandler.dump_traceback_later(_SAY_WHERE_AFTER_S)
     device = argv[0]
     env = read_rank_env()
     dist.init_process_group(
