@@ -1,6 +1,8 @@
 """What PyTorch itself counts and keeps for the real networks, on the meta device or on a CPU."""
 
+from dataclasses import dataclass
 from itertools import chain
+from weakref import WeakSet
 
 import torch
 from torch.nn import functional
@@ -35,7 +37,7 @@ def inputs(cfg, batch, height, width, tokens, device="meta"):
 
 
 def counted_flops(net, args, *, is_training=False):
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(is_training):
         out = net(*args)
         if is_training:
             out.sum().backward()
@@ -44,61 +46,60 @@ def counted_flops(net, args, *, is_training=False):
 
 def kept_bytes(net, make_inputs, *, recomputes=False):
     """Most bytes that are kept at a time, per image: the slope over the batch."""
-    most = _most_kept_recomputing if recomputes else _kept
     # One image alone has views where more have copies.
-    few, many = (most(net, make_inputs(batch)) for batch in (2, 4))
+    few, many = (_most_kept(net, make_inputs(batch), recomputes) for batch in (2, 4))
     return (many - few) / 2
 
 
-class _Kept:
-    """Memory that autograd keeps, each once; parameters are not counted."""
-
-    def __init__(self, net):
-        self.bytes, self._alive = {}, []
-        self._mine = {_key(t) for t in chain(net.parameters(), net.buffers())}
-
-    def pack(self, tensor):
-        if _key(tensor) not in self._mine:
-            self.bytes[_key(tensor)] = tensor.untyped_storage().nbytes()
-            self._alive.append(tensor)
-        return tensor
-
-    def hooks(self):
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
-
-    def total(self):
-        return sum(self.bytes.values())
-
-
-def _key(tensor):
-    return tensor.untyped_storage()._cdata
-
-
-def _kept(net, args):
-    kept = _Kept(net)
-    with kept.hooks():
-        net(*args)
-    return kept.total()
-
-
-def _most_kept_recomputing(net, args):
-    """Run the blocks that would be recomputed, and forget what they keep but their inputs."""
+def _most_kept(net, args, recomputes):
+    """Of blocks that would be recomputed, let only the inputs be kept once they have run."""
     kept, most = _Kept(net), 0
 
     def block(module, *args):
         nonlocal most
-        for arg in args:
-            if isinstance(arg, torch.Tensor):
-                kept.pack(arg)
-        before = dict(kept.bytes)
+        inputs = [kept.pack(arg) for arg in args if isinstance(arg, torch.Tensor)]
+        before = {*kept.tensors}
         out = module(*args)
-        most, kept.bytes = max(most, kept.total()), before
+        most = max(most, kept.bytes())
+        kept.dropped.update(each for each in kept.tensors if each not in before)
+        kept.inputs.extend(inputs)
         return out
 
-    net.inner.enable_gradient_checkpointing(block)
-    with kept.hooks():
-        net(*args)
-    return max(most, kept.total())
+    if recomputes:
+        net.inner.enable_gradient_checkpointing(block)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda packed: packed.tensor):
+        out = net(*args)  # with it lives what leads back from it
+    most = max(most, kept.bytes())
+    del out
+    return most
+
+
+@dataclass(eq=False)
+class _Packed:
+    tensor: torch.Tensor
+
+
+class _Kept:
+    """What autograd keeps, as long as it does; parameters do not count."""
+
+    def __init__(self, net):
+        self.tensors, self.dropped, self.inputs = WeakSet(), WeakSet(), []
+        self._mine = {_memory(t) for t in chain(net.parameters(), net.buffers())}
+
+    def pack(self, tensor):
+        packed = _Packed(tensor.detach())  # itself it would keep what keeps it
+        self.tensors.add(packed)
+        return packed
+
+    def bytes(self):
+        """Count memory once that several tensors lie in."""
+        kept = {_memory(each.tensor) for each in self.tensors if each not in self.dropped}
+        return sum(size for _, size in kept - self._mine)
+
+
+def _memory(tensor):
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage.nbytes()
 
 
 def attend_as_gpus(patch):

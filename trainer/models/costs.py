@@ -16,7 +16,11 @@ from trainer.models.tape import Adapters, Tape
 def forward_flops(
     cfg: ModelConfig, *, latent_height: int, latent_width: int, text_tokens: int
 ) -> int:
-    """Count a forward pass: 2 x the multiply-adds of layers and attentions, as PyTorch counts."""
+    """Count a forward pass: 2 x the multiply-adds of layers and attentions, as PyTorch counts.
+
+    Raises:
+        BadInput: The numbers of the model section contradict each other.
+    """
     tape = Tape()
     run(cfg, tape, latent_height, latent_width, text_tokens)
     return tape.forward_flops
@@ -36,7 +40,7 @@ def training_flops(
     those of weights. With adapters it has the products alone that lead to them.
 
     Raises:
-        BadInput: Adapters should sit where the network has no layer.
+        BadInput: As `forward_flops`; or adapters should sit where the network has no layer.
     """
     if lora is None:
         return 3 * forward_flops(
@@ -60,7 +64,8 @@ def activation_bytes(
     """Count the bytes that autograd keeps for the backward pass, per image of a micro-batch.
 
     With checkpointing it is the most at a time: inputs of blocks, and what one of them keeps while
-    it is computed again. Temporaries, gradients and what an allocator wastes come on top.
+    it is computed again. Temporaries of the backward pass come on top, in bf16 2 % for unet_sd2
+    (12 % with checkpointing) and 0.3 % for transformer_xl (2.5 %); and what an allocator wastes.
 
     Args:
         cfg: Of the network.
@@ -72,7 +77,7 @@ def activation_bytes(
         lora: The adapters, if they alone are trained.
 
     Raises:
-        BadInput: Adapters should sit where the network has no layer.
+        BadInput: As `forward_flops`; or adapters should sit where the network has no layer.
     """
     adapters = None if lora is None else _adapters(cfg, lora)
     tape = Tape(width_bytes=width_bytes, recomputes=checkpointing, adapters=adapters)

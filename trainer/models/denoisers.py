@@ -11,6 +11,7 @@ from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from trainer.config import TransformerConfig, UNetConfig
+from trainer.models.networks import pooling_heads
 from trainer.models.sections import check_section
 
 
@@ -122,7 +123,7 @@ def _unet(cfg: UNetConfig) -> dict[str, Any]:
         "use_linear_projection": cfg.linear_projection,
         "resnet_time_scale_shift": "scale_shift" if cfg.time_scale_shift else "default",
         "addition_embed_type": "text" if cfg.pooled_tokens else None,
-        "addition_embed_type_num_heads": max(1, cfg.text_width // 96),
+        "addition_embed_type_num_heads": pooling_heads(cfg),
     }
 
 

@@ -13,7 +13,8 @@ def adapted(cfg: ModelConfig, lora: LoraConfig) -> list[Layer]:
     """List the layers that get an adapter.
 
     Raises:
-        BadInput: A target is no layer's name, nor the end of one; the message lists the names.
+        BadInput: A target is no layer's name, nor the end of one; the message lists the names. Or
+            the numbers of the model section contradict each other.
     """
     assert isinstance(cfg, UNetConfig | TransformerConfig)
     every = layers(cfg)

@@ -37,6 +37,11 @@ def run(
         _transformer(tape, cfg, latent, text_tokens)
 
 
+def pooling_heads(cfg: UNetConfig) -> int:
+    """Return how many heads pool a caption."""
+    return max(1, cfg.text_width // 96)
+
+
 @dataclass(frozen=True, slots=True)
 class _Text:
     states: Array
@@ -95,14 +100,14 @@ def _mlp(tape: Tape, name: str, x: Array, width: int) -> Array:
 
 def _pooled(tape: Tape, cfg: UNetConfig, states: Array, outputs: int) -> Array:
     """Let the mean of a caption's states attend to them all."""
-    width, heads = cfg.text_width, max(1, cfg.text_width // 96)
+    width = cfg.text_width
     states = tape.norm(states)
     mean = tape.with_weight(Array(width, has_grad=states.has_grad))
     states = tape.resize(states, states.rows + 1, 1)
     q = tape.linear("add_embedding.pool.q_proj", mean, width)
     k = tape.copy(tape.linear("add_embedding.pool.k_proj", states, width))
     v = tape.copy(tape.linear("add_embedding.pool.v_proj", states, width))
-    y = tape.plain_attention(q, k, v, heads=heads)
+    y = tape.plain_attention(q, k, v, heads=pooling_heads(cfg))
     return tape.norm(tape.linear("add_embedding.proj", y, outputs))
 
 

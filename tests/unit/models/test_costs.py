@@ -59,7 +59,7 @@ def test_stable_diffusion_2_costs_what_is_known_of_it(side, gmac):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-@pytest.mark.parametrize("size", [(16, 16, 77), (32, 24, 16), (17, 11, 120)])
+@pytest.mark.parametrize("size", [(32, 16, 77), (17, 11, 120)])
 def test_forward_passes_of_all_shipped_networks_are_what_pytorch_counts(name, size):
     cfg = shipped(name)
     found = counted_flops(shipped_net(name), inputs(cfg, 1, *size))
@@ -121,10 +121,14 @@ def autoencoders(draw):
 
 
 networks = st.one_of(unets(), transformers(), autoencoders())
+ways = st.one_of(
+    st.tuples(networks, st.just(False)),
+    st.tuples(st.one_of(unets(), transformers()), st.just(True)),
+)
 sizes = st.tuples(numbers(2, 21), numbers(2, 21), numbers(1, 12))
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(cfg=networks, size=sizes)
 def test_any_network_is_run_layer_by_layer_as_diffusers_runs_it(cfg, size):
     net, ran, tape = build(cfg), [], Tape()
@@ -158,16 +162,17 @@ def test_activations_of_all_shipped_networks_are_what_autograd_keeps(
     assert planned == pytest.approx(found, rel=0.005)
 
 
-@settings(max_examples=25)
-@given(cfg=networks, size=sizes, recomputes=st.booleans())
-def test_activations_of_any_network_are_nearly_what_autograd_keeps(cfg, size, recomputes):
+@settings(max_examples=15)
+@given(way=ways, size=sizes)
+def test_activations_of_any_network_are_nearly_what_autograd_keeps(way, size):
+    cfg, recomputes = way
     with pytest.MonkeyPatch.context() as patch:
         attend_as_cpus(patch)
         found = kept_bytes(
             build(cfg), lambda batch: inputs(cfg, batch, *size), recomputes=recomputes
         )
     planned = activation_bytes(cfg, **sides(*size), width_bytes=4, checkpointing=recomputes)
-    assert planned == pytest.approx(found, rel=0.02)
+    assert planned == pytest.approx(found, rel=0.005)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
