@@ -29,7 +29,7 @@ from slurm.lost import close_lost
 from slurm.preflight import asking, judge_answers, read_answers
 from slurm.rendezvous import rendezvous
 from slurm.runfile import STOP, read_json, read_spec, saved_step
-from slurm.spec import EARLY_WARNING_S, RunSpec
+from slurm.spec import EARLY_WARNING_S, Checks, RunSpec
 from slurm.step import TOO_LONG, Ended, Steps
 from trainer.runtime.ending import cause, read_failures, read_stuck, stuck_ranks
 from trainer.runtime.signals import EXIT_FINAL, EXIT_REQUEUE
@@ -43,6 +43,7 @@ _CODES: Mapping[Cause, int] = {
     "gave_up": EXIT_FINAL,
 }
 _REQUEUED_WITHIN_S = 300
+_RANKS_OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 class Batch:
@@ -67,8 +68,10 @@ class Batch:
         meet = rendezvous(self._nodes[0], int(self._job_id), self._attempt.number)
         self._address = meet["MASTER_ADDR"]
         logs = self._attempt.folder
+        # Those of a shell that was itself started by a launcher would be every rank's.
+        inherited = {name: value for name, value in env.items() if name not in _RANKS_OWN}
         self._env = {
-            **env,
+            **inherited,
             **spec.env,
             **meet,
             "KILN_ATTEMPT": str(self._attempt.number),
@@ -111,6 +114,10 @@ class Batch:
         if bad:
             why = "; ".join(f"{node} {what}" for node, what in bad.items())
             return Judgement("bad_node", why, dict.fromkeys(bad, 1.0))
+        return self._meet(checks)
+
+    def _meet(self, checks: Checks) -> Judgement | None:
+        """Let the nodes add numbers together; None when they can."""
         met = self._srun(
             1, self._spec.srun, self._spec.meet, log="all_reduce", timeout_s=checks.timeout_s
         )

@@ -12,6 +12,7 @@ import psutil
 from trainer.config import TrainConfig
 from trainer.frozen import thaw
 from trainer.loop import Progress, StepFacts
+from trainer.model_flops import peak_flops
 from trainer.observe.energy import open_meters
 from trainer.observe.evaluations import METRICS, Merger, hold_metrics
 from trainer.observe.ledger import Ledger
@@ -88,6 +89,7 @@ class Metrics:
             progress="quiet" if cfg.logging.quiet else "auto",
         )
         self._plan = plan
+        self._peak = peak_flops(cfg)
         self._speed = Throughput()
         self._encodes = cfg.data.latents == "online"
         self._spent_s: defaultdict[str, float] = defaultdict(float)
@@ -109,7 +111,7 @@ class Metrics:
         self._last_spent_s, self._spent_s = self._spent_s, defaultdict(float)
         waited_s = self._last_spent_s["data_stall"]
         images = self._plan.images_per_step
-        self._speed.add(images=images, data_wait_s=waited_s, joules=facts.joules)
+        self._speed.add(images=images, data_wait_s=waited_s, joules=facts.joules, flops=facts.flops)
 
     def log_step(
         self,
@@ -136,6 +138,7 @@ class Metrics:
                 "train/lr": facts.learning_rate,
                 "speed/images_per_s": self._speed.images_per_s,
                 "speed/images_per_s_per_rank": self._speed.images_per_s / self._plan.num_ranks,
+                **self._compute(),
                 "speed/data_wait_frac": self._speed.data_wait_frac,
                 "speed/slowest_rank_ratio": slowest,
                 "time/data_wait_s": self._last_spent_s["data_stall"],
@@ -150,6 +153,15 @@ class Metrics:
         )
         if time.monotonic() - self._merged_s >= MERGE_EVERY_S:
             self._merge_evaluations()
+
+    def _compute(self) -> dict[str, float]:
+        """Say how many operations a rank's device does, and which share of its peak that is."""
+        flops_per_s = self._speed.flops_per_s
+        if flops_per_s is None:
+            return {}
+        per_rank = flops_per_s / self._plan.num_ranks
+        share = {} if self._peak is None else {"speed/mfu_frac": per_rank / self._peak}
+        return {"speed/tflops_per_rank": per_rank / 1e12, **share}
 
     def close(self, *, exit_code: int) -> None:
         """Close the sinks."""

@@ -43,6 +43,7 @@ from trainer.diffusion.times import log_normal_times, logit_normal_times, unifor
 from trainer.encoded import check_encoders
 from trainer.feed import Feed, open_feed
 from trainer.loop import Encode, Objective, Parts, Progress
+from trainer.model_flops import flops_counter
 from trainer.models.autoencoders import build_autoencoder
 from trainer.models.denoisers import build_denoiser
 from trainer.models.lora import add_adapters
@@ -93,6 +94,7 @@ class Built:
             advance=self.feed.advance,
             learning_rate=learning_rate(self.cfg.optim, self.cfg.total_images),
             comm=self.comm,
+            flops=flops_counter(self.cfg),
             encode=self.encode,
         )
 

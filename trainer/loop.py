@@ -46,6 +46,8 @@ class StepFacts:
     learning_rate: float
     is_stopping: bool
     """Some rank was told to stop."""
+    flops: float
+    """Floating point operations of the network, over all ranks; 0 where nobody counts them."""
     joules: float
     """What the meters of all nodes counted since the step before."""
 
@@ -96,6 +98,8 @@ class Parts:
     learning_rate: Callable[[int], float]
     """Images seen -> rate."""
     comm: Comm
+    flops: Callable[[Batch], float]
+    """Counts what a micro-batch of latents costs the network."""
     encode: Encode | None = None
     """Where the micro-batches are pictures and captions: makes latents of them."""
 
@@ -128,7 +132,7 @@ def take_step(
     plan, engine = parts.plan, parts.engine
     rate = parts.learning_rate(progress.images_seen)
     engine.set_learning_rate(rate)
-    ids, losses = [], []
+    ids, losses, flops = [], [], 0.0
     for _ in range(plan.accumulation_steps):
         with observer.span("data_stall"):
             batch = next(batches)
@@ -140,6 +144,7 @@ def take_step(
         engine.backward(loss_B.mean())
         observer.at("update")
         engine.micro_step()
+        flops += parts.flops(batch)
         ids.append(batch.ids_B)
         losses.append(loss_B.detach())
     mine = Mine(torch.cat(ids), torch.cat(losses))
@@ -149,8 +154,8 @@ def take_step(
     progress.stream = parts.advance(progress.stream)
     parts.ema.update(images_per_step=plan.images_per_step, images_seen=progress.images_seen)
     observer.at("agreement")
-    # One small collective a step: loss and joules over all ranks, and whether any was told to stop.
+    # One small collective a step: what is summed over all ranks, and whether any was told to stop.
     loss_sum, was_told = float(mine.losses.sum()), float(stop.received is not None)
-    total, stopping, joules = parts.comm.sum([loss_sum, was_told, observer.spent_j()])
+    total, stopping, flops, joules = parts.comm.sum([loss_sum, was_told, flops, observer.spent_j()])
     loss = total / plan.images_per_step
-    return StepFacts(loss, engine.grad_norm, rate, stopping > 0, joules), mine
+    return StepFacts(loss, engine.grad_norm, rate, stopping > 0, flops, joules), mine

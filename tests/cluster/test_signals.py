@@ -49,8 +49,9 @@ def user_signal(cluster):
     cluster.slurm("scontrol", "reconfigure")
 
 
-def test_ranks_find_each_other_and_all_of_them_end_it(cluster, tmp_path):
+def test_ranks_find_each_other_and_all_of_them_end_it(cluster, tmp_path, monkeypatch):
     run = tmp_path / "a run"
+    monkeypatch.setenv("RANK", "0")  # as in a shell that some launcher started
     job_id = submit(run)
     attempt = wait_running(run)
     told = ranks(attempt)
@@ -59,6 +60,7 @@ def test_ranks_find_each_other_and_all_of_them_end_it(cluster, tmp_path):
     assert {each["MASTER_ADDR"] for each in told} == {"127.0.0.1"}
     assert {each["MASTER_PORT"] for each in told} == {str(20000 + int(job_id) % 10000)}
     assert told[0]["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert not any("RANK" in each for each in told)
     (run / "finish").touch()
     assert wait_ended(run).end.cause == "finished"
     wait_for(lambda: state(job_id) == "COMPLETED", "the job's end")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -59,7 +60,8 @@ def test_a_pipeline_goes_on_where_it_was_stopped_and_repeats_only_what_is_damage
     assert "parts=2 part=0-1" in said
     assert "kiln pipeline: interrupted; the same command continues." in said
     assert "Traceback" not in said
-    published = tars(dataset)
+    recorded = {path.stem for path in dataset.glob("units/*.json")}
+    published = {name: tar for name, tar in tars(dataset).items() if Path(name).stem in recorded}
     assert 0 < len(published) < 10
 
     said = kiln(*line, "gates.train.min_kept_frac=1", code=2)

@@ -11,7 +11,8 @@ from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from trainer.config import TransformerConfig, UNetConfig
-from trainer.errors import BadInput
+from trainer.models.networks import pooling_heads
+from trainer.models.sections import check_section
 
 
 class Denoiser(nn.Module):
@@ -94,12 +95,12 @@ def diffusers_options(cfg: UNetConfig | TransformerConfig) -> dict[str, Any]:
     Raises:
         BadInput: The numbers of the model section contradict each other.
     """
+    check_section(cfg)
     return _unet(cfg) if isinstance(cfg, UNetConfig) else _transformer(cfg)
 
 
 def _unet(cfg: UNetConfig) -> dict[str, Any]:
     levels = len(cfg.block_channels)
-    _check_unet(cfg)
     return {
         "sample_size": cfg.latent_side,
         "in_channels": cfg.latent_channels,
@@ -122,41 +123,11 @@ def _unet(cfg: UNetConfig) -> dict[str, Any]:
         "use_linear_projection": cfg.linear_projection,
         "resnet_time_scale_shift": "scale_shift" if cfg.time_scale_shift else "default",
         "addition_embed_type": "text" if cfg.pooled_tokens else None,
-        "addition_embed_type_num_heads": max(1, cfg.text_width // 96),
+        "addition_embed_type_num_heads": pooling_heads(cfg),
     }
 
 
-def _check_unet(cfg: UNetConfig) -> None:
-    levels = len(cfg.block_channels)
-    for key, values in (
-        ("cross_attention", cfg.cross_attention),
-        ("head_width", cfg.head_width),
-    ):
-        if len(values) != levels:
-            raise BadInput(
-                f"model.{key} has {len(values)} values for {levels} model.block_channels. "
-                f"Give one per level."
-            )
-    for channels, width in zip(cfg.block_channels, cfg.head_width, strict=True):
-        if channels % width or channels % cfg.norm_groups:
-            raise BadInput(
-                f"model.block_channels has {channels}, which model.head_width={width} and "
-                f"model.norm_groups={cfg.norm_groups} must divide. "
-                f"Try head_width={channels} and norm_groups=1, or a rounder width."
-            )
-    if cfg.latent_side % 2 ** (levels - 1):
-        raise BadInput(
-            f"model.latent_side={cfg.latent_side} cannot be halved {levels - 1} times, once per "
-            f"level but the last. Try {2 ** (levels - 1)} or fewer model.block_channels."
-        )
-
-
 def _transformer(cfg: TransformerConfig) -> dict[str, Any]:
-    if cfg.latent_side % cfg.patch_side:
-        raise BadInput(
-            f"model.latent_side={cfg.latent_side} is no multiple of "
-            f"model.patch_side={cfg.patch_side}. Try model.patch_side=1."
-        )
     width = cfg.num_heads * cfg.head_width
     return {
         "num_attention_heads": cfg.num_heads,

@@ -12,24 +12,33 @@ class _Mark:
     images: int
     data_wait_s: float
     joules: float
+    flops: float
 
 
 class Throughput:
-    """Images per second, data-wait share and power over a sliding window of time."""
+    """Images, operations and joules per second, and data-wait share, over a sliding window."""
 
     def __init__(
         self, *, window_s: float = 30.0, clock_s: Callable[[], float] = time.monotonic
     ) -> None:
         """Start the window now, when training starts."""
         self._window_s, self._clock_s = window_s, clock_s
-        self._marks = deque([_Mark(clock_s(), 0, 0.0, 0.0)])
+        self._marks = deque([_Mark(clock_s(), 0, 0.0, 0.0, 0.0)])
 
-    def add(self, *, images: int, data_wait_s: float = 0.0, joules: float = 0.0) -> None:
-        """Count the images of a finished step, the seconds in it spent waiting, and its joules."""
-        last = self._marks[-1]
-        totals = (last.images + images, last.data_wait_s + data_wait_s, last.joules + joules)
-        now_s = self._clock_s()
-        self._marks.append(_Mark(now_s, *totals))
+    def add(
+        self, *, images: int, data_wait_s: float = 0.0, joules: float = 0.0, flops: float = 0.0
+    ) -> None:
+        """Count what a finished step took: images, seconds of waiting, joules, operations."""
+        last, now_s = self._marks[-1], self._clock_s()
+        self._marks.append(
+            _Mark(
+                now_s,
+                last.images + images,
+                last.data_wait_s + data_wait_s,
+                last.joules + joules,
+                last.flops + flops,
+            )
+        )
         # Two marks always stay, so that steps longer than the window still have a speed.
         while len(self._marks) > 2 and now_s - self._marks[1].at_s >= self._window_s:
             self._marks.popleft()
@@ -45,6 +54,12 @@ class Throughput:
         """Share of the window spent waiting for data, 0 to 1."""
         first, last = self._marks[0], self._marks[-1]
         return self._per_s(last.data_wait_s - first.data_wait_s)
+
+    @property
+    def flops_per_s(self) -> float | None:
+        """Floating point operations per second over the window; None where nobody counts them."""
+        first, last = self._marks[0], self._marks[-1]
+        return self._per_s(last.flops - first.flops) if last.flops else None
 
     @property
     def watts(self) -> float | None:

@@ -40,7 +40,8 @@ class Comm:
         """Add `values` over all ranks, in double precision; every rank gets the sums."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return [float(value) for value in total]
+        sums: list[float] = total.tolist()
+        return sums
 
     def from_rank_0(self, value: float) -> float:
         """Give every rank the value of rank 0."""

@@ -35,3 +35,15 @@ def test_the_window_forgets_what_is_older():
         clock.at_s += 1
         meter.add(images=images)
     assert meter.images_per_s == pytest.approx(10)
+
+
+def test_power_and_operations_are_those_of_the_window():
+    clock = Clock()
+    meter = Throughput(window_s=10, clock_s=clock)
+    assert (meter.watts, meter.j_per_image, meter.flops_per_s) == (None, None, None)
+    for joules in (1000.0, *[40.0] * 5):
+        clock.at_s += 4
+        meter.add(images=8, joules=joules, flops=2e9)
+    assert meter.watts == pytest.approx(10)
+    assert meter.j_per_image == pytest.approx(5)
+    assert meter.flops_per_s == pytest.approx(0.5e9)

@@ -10,7 +10,8 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLUR
 @pytest.fixture
 def bare(monkeypatch):
     for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what is set meanwhile is gone afterwards
+        monkeypatch.delenv(name)
     return monkeypatch
 
 
