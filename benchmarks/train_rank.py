@@ -22,7 +22,7 @@ from trainer.frozen import compose, write_yaml
 from trainer.loop import Progress, StepFacts, train
 from trainer.plan import make_plan
 from trainer.runtime.comm import Comm
-from trainer.runtime.env import read_rank_env
+from trainer.runtime.env import RankEnv, read_rank_env
 from trainer.runtime.local import die_with_parent, launcher_pid
 from trainer.runtime.pulse import Pulse
 from trainer.runtime.rundir import attempt_dir
@@ -58,7 +58,7 @@ class InTurn(Bookkeeper):
 
 
 def measure(
-    cfg: TrainConfig, comm: Comm, peers: dict[str, Step], pulse: Pulse
+    cfg: TrainConfig, comm: Comm, env: RankEnv, peers: dict[str, Step], pulse: Pulse
 ) -> dict[str, dict[str, float]]:
     """Train; return medians over the steps after the warm-up.
 
@@ -67,9 +67,7 @@ def measure(
         averages and of the random numbers in Kiln's step. collectives: of an update of averages.
     """
     plan = make_plan(cfg)
-    books = InTurn(
-        cfg, plan, comm, attempt=0, launcher_pid=launcher_pid(), pulse=pulse, peers=peers
-    )
+    books = InTurn(cfg, plan, comm, env, launcher_pid=launcher_pid(), pulse=pulse, peers=peers)
     with books:
         built = build(cfg, plan, comm, None)
         progress = restore(built, None)
@@ -142,7 +140,7 @@ def main() -> None:
     with Watchdog(attempt_dir(run, env.attempt), env, cfg.watchdog, pulse):
         files = Path(args["files"]) if args["files"] else None
         peers = {name: make_step(name, cfg, comm, files) for name in args["peers"]}
-        found = measure(cfg, comm, peers, pulse)
+        found = measure(cfg, comm, env, peers, pulse)
     if env.rank == 0:
         Path(args["out"]).write_text(json.dumps(found), encoding="utf-8")
     comm.close()

@@ -198,9 +198,7 @@ def _train(
     with Watchdog(attempt_dir(run, env.attempt), env, cfg.watchdog, pulse):
         comm = Comm(env, cfg.cluster.device)
         SlowToSave.save_s = save_s
-        with SlowToSave(
-            cfg, plan, comm, attempt=env.attempt, launcher_pid=None, pulse=pulse
-        ) as books:
+        with SlowToSave(cfg, plan, comm, env, launcher_pid=None, pulse=pulse) as books:
             model, objective, shape = network(), ToyObjective(told=told, **faults), (5,)
             if cfg.model.kind == "autoencoder_kl":
                 model, objective = build_model(cfg), build_reconstruction(cfg, comm.device)

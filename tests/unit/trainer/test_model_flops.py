@@ -16,10 +16,8 @@ SD2_512_GMAC = 402.1
 def batch(num_images, height, width, tokens):
     ids = torch.arange(num_images)
     latents = torch.zeros(num_images, 4, height, width)
-    text, mask = (
-        torch.zeros(num_images, tokens, 8),
-        torch.ones(num_images, tokens, dtype=torch.bool),
-    )
+    text = torch.zeros(num_images, tokens, 8)
+    mask = torch.ones(num_images, tokens, dtype=torch.bool)
     return LatentBatch(ids, ids, latents, latents, text, mask)
 
 
