@@ -40,9 +40,9 @@ class Silent:
     def at(self, _phase: str) -> None:
         """Hear nothing."""
 
-    def spent_j(self) -> float:
+    def spent_j(self) -> tuple[float, float]:
         """Have no meter."""
-        return 0.0
+        return 0.0, 0.0
 
     def after_step(self, _progress: Progress, _facts: StepFacts) -> None:
         """Do nothing."""

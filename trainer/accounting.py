@@ -111,7 +111,13 @@ class Metrics:
         self._last_spent_s, self._spent_s = self._spent_s, defaultdict(float)
         waited_s = self._last_spent_s["data_stall"]
         images = self._plan.images_per_step
-        self._speed.add(images=images, data_wait_s=waited_s, joules=facts.joules, flops=facts.flops)
+        self._speed.add(
+            images=images,
+            data_wait_s=waited_s,
+            joules=facts.joules,
+            measured_joules=facts.measured_joules,
+            flops=facts.flops,
+        )
 
     def log_step(
         self,
@@ -146,6 +152,7 @@ class Metrics:
                 **{f"time/{phase}_s": seconds for phase, seconds in split_s.items()},
                 "energy/w": self._speed.watts,
                 "energy/j_per_image": self._speed.j_per_image,
+                "energy/measured_frac": self._speed.measured_frac,
                 "time/left_s": self._speed.time_left_s(
                     (self._plan.total_steps - progress.step) * self._plan.images_per_step
                 ),

@@ -69,7 +69,7 @@ class Bookkeeper:
         )
         self._ledger = open_ledger(self._run, cfg, env, launcher_pid=launcher_pid)
         self._metrics = None if comm.rank else Metrics(self._run, cfg, plan, attempt=env.attempt)
-        self._told_j = 0.0
+        self._told_j = (0.0, 0.0)
         self._saved_step = self._recorded_step = -1
 
     @contextmanager
@@ -94,12 +94,12 @@ class Bookkeeper:
         self._pulse.enter(phase)
         self._stragglers.enter(phase)
 
-    def spent_j(self) -> float:
+    def spent_j(self) -> tuple[float, float]:
         """Return the joules that this node's meters counted since the last call."""
         if self._ledger is None:
-            return 0.0
-        before, self._told_j = self._told_j, self._ledger.total_j
-        return self._told_j - before
+            return 0.0, 0.0
+        before, self._told_j = self._told_j, (self._ledger.total_j, self._ledger.measured_j)
+        return self._told_j[0] - before[0], self._told_j[1] - before[1]
 
     def begin(self, built: Built, progress: Progress) -> None:
         """Training of what was built starts or goes on from `progress`."""

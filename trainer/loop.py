@@ -50,6 +50,8 @@ class StepFacts:
     """Floating point operations of the network, over all ranks; 0 where nobody counts them."""
     joules: float
     """What the meters of all nodes counted since the step before."""
+    measured_joules: float
+    """What of it was measured, and not modelled."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,12 @@ class Observer(Protocol):
     def at(self, phase: str) -> None:
         """Hear what this rank does from now on, of what a step consists of."""
 
-    def spent_j(self) -> float:
-        """Return the joules that this rank has to tell of since the last call."""
+    def spent_j(self) -> tuple[float, float]:
+        """Return the joules that this rank has to tell of since the last call.
+
+        Returns:
+            All of them, and how many were measured.
+        """
 
     def after_step(self, progress: Progress, facts: StepFacts) -> None:
         """Hear of a finished step."""
@@ -156,6 +162,6 @@ def take_step(
     observer.at("agreement")
     # One small collective a step: what is summed over all ranks, and whether any was told to stop.
     loss_sum, was_told = float(mine.losses.sum()), float(stop.received is not None)
-    total, stopping, flops, joules = parts.comm.sum([loss_sum, was_told, flops, observer.spent_j()])
+    total, stopping, *spent = parts.comm.sum([loss_sum, was_told, flops, *observer.spent_j()])
     loss = total / plan.images_per_step
-    return StepFacts(loss, engine.grad_norm, rate, stopping > 0, flops, joules), mine
+    return StepFacts(loss, engine.grad_norm, rate, stopping > 0, *spent), mine

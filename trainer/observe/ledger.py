@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from trainer.errors import BadInput, BadWorld
-from trainer.observe.energy import Meter, Provenance, open_meters, read_by_provenance
+from trainer.observe.energy import MEASURED, Meter, Provenance, open_meters, read_by_provenance
 from trainer.observe.jsonl import JsonLines, read_rows
 from trainer.place import is_local, local_folder, put_bytes, storage_errors
 
@@ -115,8 +115,8 @@ class Ledger:
         self._metered_s = self._marked_s
         self._counted_j = dict(read_by_provenance(meters)) if born_here else {}
         self._step = self._first_step = 0
-        self.total_j = 0.0
-        """Joules read so far, of this attempt."""
+        self.total_j = self.measured_j = 0.0
+        """Joules read so far, of this attempt, and how many of them were measured."""
         self._file.append([self._opening(born_unix_s)])
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._flush_periodically, daemon=True)
@@ -225,6 +225,7 @@ class Ledger:
             new_j = total_j - self._counted_j.get(provenance, 0.0)
             self._counted_j[provenance] = total_j
             self.total_j += new_j
+            self.measured_j += new_j if provenance in MEASURED else 0.0
             for bucket, seconds in self._unmetered_s.items():
                 self._joules[bucket, provenance] += new_j * seconds / window_s
         self._unmetered_s.clear()

@@ -114,6 +114,11 @@ def _facts(row: Mapping[str, Any]) -> str:
         parts.append(f"loss {loss:.4f}")
     if (speed := row.get("speed/images_per_s")) is not None:
         parts.append(f"{speed:.1f} images/s")
+    if (mfu := row.get("speed/mfu_frac")) is not None:
+        parts.append(f"MFU {100 * mfu:.0f} %")
+    if (joules := row.get("energy/j_per_image")) is not None:
+        measured = row.get("energy/measured_frac") or 0.0
+        parts.append(f"{joules:.3g} J/image ({100 * measured:.0f} % measured)")
     if (left_s := row.get("time/left_s")) is not None:
         parts.append(f"{in_words(left_s)} left")
     return "  ".join(parts)

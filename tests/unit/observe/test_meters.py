@@ -41,9 +41,11 @@ def test_power_and_operations_are_those_of_the_window():
     clock = Clock()
     meter = Throughput(window_s=10, clock_s=clock)
     assert (meter.watts, meter.j_per_image, meter.flops_per_s) == (None, None, None)
+    assert meter.measured_frac is None
     for joules in (1000.0, *[40.0] * 5):
         clock.at_s += 4
-        meter.add(images=8, joules=joules, flops=2e9)
+        meter.add(images=8, joules=joules, measured_joules=joules / 4, flops=2e9)
+    assert meter.measured_frac == pytest.approx(0.25)
     assert meter.watts == pytest.approx(10)
     assert meter.j_per_image == pytest.approx(5)
     assert meter.flops_per_s == pytest.approx(0.5e9)

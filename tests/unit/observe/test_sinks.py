@@ -154,6 +154,14 @@ def test_plain_progress_prints_now_and_then_and_the_last_step():
     assert len(lines) == 4
 
 
+def test_joules_are_never_told_without_how_they_are_known():
+    out = io.StringIO()
+    sink = PlainProgress(Console(file=out), total_steps=1, every_s=10)
+    energy = {"energy/j_per_image": 35.12, "energy/measured_frac": 0.71}
+    sink.log({"step": 1, "speed/images_per_s": 25, "speed/mfu_frac": 0.284, **energy})
+    assert out.getvalue() == "step 1/1  25.0 images/s  MFU 28 %  35.1 J/image (71 % measured)\n"
+
+
 def test_live_progress_shows_the_last_row():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=100)

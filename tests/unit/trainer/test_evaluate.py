@@ -192,7 +192,9 @@ def test_two_processes_share_the_checkpoints_while_training_goes_on(tiny_run):
     progress = Progress(stream=None, step=8, images_seen=64)
     while any(job.poll() is None for job in jobs) or progress.step < 8 + TRAIN_ON:
         progress.step, progress.images_seen = progress.step + 1, progress.images_seen + 8
-        facts = StepFacts(0.5, 1.0, 0.1, is_stopping=False, flops=0.0, joules=0.0)
+        facts = StepFacts(
+            0.5, 1.0, 0.1, is_stopping=False, flops=0.0, joules=0.0, measured_joules=0.0
+        )
         metrics.count(facts)
         metrics.log_step(progress, facts, None, {})
         time.sleep(0.005)
