@@ -66,9 +66,7 @@ def test_a_dry_run_says_when_it_would_begin(tmp_path, capsys, monkeypatch):
     ]
     assert main([*LAUNCH, "dry_run=true", *words]) == 0
     said = capsys.readouterr().out
-    assert re.match(
-        r"# begins at .*: 100 gCO2/kWh over 1 h; .* be 300, 67 % less\n", said
-    )
+    assert re.match(r"# begins at .*: 100 gCO2/kWh over 1 h; .* be 300, 67 % less\n", said)
     begin = datetime.fromtimestamp(this_hour() + 3 * 3600)
     assert f"#SBATCH --begin={begin:%Y-%m-%dT%H:%M:%S}\n" in said
     assert main([*LAUNCH, "dry_run=true", *words[:2], "start.deadline=2020-01-01"]) == 2
