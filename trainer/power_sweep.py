@@ -129,6 +129,8 @@ def _run_ranks(cfg: PowerSweepConfig, plan: Plan, attempt: int, command: Sequenc
             "KILN_ATTEMPT": str(attempt),
             "OMP_NUM_THREADS": str(cfg.engine.threads_per_rank),
         },
+        # A rank has nothing to save, and limits must be set back before Slurm loses patience.
+        forwards_signals=False,
     )
 
 
@@ -142,7 +144,7 @@ def _outcome(folder: Path, attempt: int, code: int) -> int:
         points = points_of(json.loads(path.read_text(encoding="utf-8")))
         console = Console(highlight=False)
         console.print(table(points))
-        console.print(verdict(points))
+        console.print(verdict(points), soft_wrap=True)
     if code != EXIT_REQUEUE:
         return code
     log.error("not all limits were measured; all GPUs have the limits again that they had before")

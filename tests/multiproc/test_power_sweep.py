@@ -95,12 +95,18 @@ def test_what_is_measured_is_what_the_gpus_draw_and_the_limits_are_set_back(data
     assert given == [*expected, *BEFORE_W.items()]
 
 
-def test_a_sweep_that_is_stopped_sets_the_limits_back_and_shows_what_it_has(dataset, tmp_path):
+def test_a_sweep_that_is_stopped_sets_the_limits_back_even_if_a_rank_hangs(dataset, tmp_path):
     with sweeping(tmp_path, *words(dataset, tmp_path)) as (process, gpus):
         wait_for_limit(gpus, 250, process)
+        ranks = ranks_of(process)
+        ranks[1].suspend()
         process.send_signal(signal.SIGTERM)
+        began_s = time.monotonic()
         said = process.communicate(timeout=120)[0]
+    assert time.monotonic() - began_s < 30  # Slurm's KillWait, where a site has left it alone
     assert process.returncode == 130
+    assert "stopped by SIGTERM" in said
+    assert not any(rank.is_running() for rank in ranks)
     assert gpus.history()[-2:] == list(BEFORE_W.items())
     assert [point["limit_w"] for point in measured(tmp_path)["points"]] == [None, 300]
     assert "not all limits were measured; all GPUs have the limits again that they had" in said
