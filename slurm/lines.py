@@ -51,7 +51,8 @@ def _stage_line(stage: str, jobs: Sequence[Queued], word: Word, name: str) -> Li
     told = ", ".join(state if len(jobs) == 1 else f"{n} {state}" for state, n in counts.items())
     arrays = dict.fromkeys(job.array for job in jobs)
     waiting = next((job for job in jobs if job.state == "PENDING"), None)
-    says = wait_words(waiting, word.places.get(waiting.array)) if waiting else ""
+    place = word.places.get(waiting.array) if waiting else None
+    says = wait_words(waiting, place, has_begun=True) if waiting else ""
     return Line(run=name, stage=stage, job=",".join(arrays), state=told, says=says)
 
 
@@ -90,7 +91,8 @@ def says(seen: Seen, word: Word) -> str:
     """Say what a training waits for, where it runs, or why it ended; and the error before that."""
     job, newest, told = seen.training, seen.newest, []
     if job is not None and job.state == "PENDING":
-        told.append(wait_words(job, word.places.get(job.array)))
+        place = word.places.get(job.array)
+        told.append(wait_words(job, place, has_begun=seen.has_job_begun))
         if newest is not None and newest.end is None:
             told.append(f"attempt {newest.number} was lost")
     elif job is not None:
@@ -106,12 +108,13 @@ def says(seen: Seen, word: Word) -> str:
     return "; ".join(filter(None, (*told, seen.error)))
 
 
-def wait_words(job: Queued, place: Place | None) -> str:
+def wait_words(job: Queued, place: Place | None, *, has_begun: bool) -> str:
     """Say what a job waits for.
 
     Args:
         job: One that is pending.
         place: Where it stands, if it waits for nodes.
+        has_begun: Whether it has, before; only its launch line can make it wait until then.
     """
     start_unix_s = from_slurm(job.start)
     if job.reason.startswith("Dependency"):
@@ -122,6 +125,8 @@ def wait_words(job: Queued, place: Place | None) -> str:
         return f"is held; `scontrol release {job.shown_id}` lets it go"
     if job.reason == "BeginTime":
         until = f" until {clock(start_unix_s)}" if start_unix_s else ""
+        if not has_begun:
+            return f"waits{until} to begin"
         return f"is held by Slurm after its last end{until}; `kiln supervise` lifts that"
     is_in_line = job.reason in {"Resources", "Priority", "None"}
     told = [f"waits for {'nodes' if is_in_line else job.reason}"]

@@ -30,6 +30,8 @@ def _options(job: JobSpec) -> Iterator[str]:
     if job.exclusive or job.memory_gb is not None:
         yield "--mem=0" if job.memory_gb is None else f"--mem={job.memory_gb}G"
     yield f"--time={job.time_limit_min}"
+    if job.begin is not None:
+        yield f"--begin={job.begin.isoformat(timespec='seconds')}"
     for option in (
         "partition",
         "account",

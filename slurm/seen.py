@@ -56,6 +56,14 @@ class Seen:
         return next((job for job in self.jobs if stage_of(job, self.folder) == TRAIN), None)
 
     @property
+    def has_job_begun(self) -> bool:
+        """Whether that job has begun before, and is to come back."""
+        job = self.training
+        return (
+            job is not None and self.newest is not None and self.newest.begin.job_id == job.job_id
+        )
+
+    @property
     def is_local(self) -> bool:
         """Whether `kiln train` started its newest attempt, not a job."""
         return self.num_attempts > 0 and self.newest is None and not self.jobs

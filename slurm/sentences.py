@@ -174,7 +174,8 @@ def ahead(facts: Facts) -> list[str]:
     if facts.goes_on:
         return [_goes_on(facts)]
     if job is not None and job.state == "PENDING":
-        return [f"job {job.shown_id} {wait_words(job, facts.word.places.get(job.array))}"]
+        place, has_begun = facts.word.places.get(job.array), facts.seen.has_job_begun
+        return [f"job {job.shown_id} {wait_words(job, place, has_begun=has_begun)}"]
     if job is not None:
         return [f"job {job.shown_id} is {job.state.lower()} on {job.nodes}"]
     if facts.goes_on is None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -81,6 +82,8 @@ class JobSpec:
     """Numbers of an array's tasks."""
     at_once: int | None = None
     """Most of them at the same time."""
+    begin: datetime | None = None
+    """Not before this, in local time and without zone, as sbatch takes it; None is at once."""
 
     def __post_init__(self) -> None:
         """Refuse a warning that would come before the start, or too late."""

@@ -52,6 +52,10 @@ COMMANDS = {
         "trainer.launch_sweep",
         "submit a training run to Slurm, frozen; again: continue it; -m: a sweep",
     ),
+    "power-sweep": (
+        "trainer.power_sweep",
+        "measure J/image against images/s under power limits of this machine's GPUs",
+    ),
     "status": ("slurm.status", "what becomes of all runs, or of one: job, step, speed, time left"),
     "logs": ("slurm.logs", "print a rank's log, or the job's; -f follows it over restarts"),
     "explain": ("slurm.explain", "what happened to a run, attempt by attempt, and what comes next"),

@@ -18,6 +18,7 @@ from trainer.config_engine import (
 )
 from trainer.config_first_stage import ReconstructionConfig, check_sides
 from trainer.config_lora import LoraConfig
+from trainer.config_start import StartConfig
 from trainer.frozen import config
 
 
@@ -337,6 +338,7 @@ class LaunchConfig(TrainConfig):
     """Print what would be submitted, and touch nothing."""
     at_once: PositiveInt | None
     """Of a sweep: most of its runs that are trained at the same time; null is no limit."""
+    start: StartConfig
 
 
 @config

@@ -4,17 +4,19 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import distributions
 from pathlib import Path
 
 from slurm import client
+from slurm.attempts import attempt_folders
 from slurm.render import sbatch_script
 from slurm.runfile import CODE, JOBS, PLAN, SCRIPT, append_row, read_json, write_json, write_spec
 from slurm.site import advice, misfit, site_nodes
 from slurm.spec import Checks, JobSpec, RunSpec, Site
+from trainer.begin_time import Planned, plan_begin
 from trainer.command import run_command
 from trainer.config import LaunchConfig, TrainConfig
 from trainer.config_cluster import ContainerConfig, SlurmConfig
@@ -45,26 +47,43 @@ def run(cfg: LaunchConfig) -> int:
         raise BadInput(f"at_once={cfg.at_once} is for sweeps. Add -m, or leave it out.")
     train = train_config(cfg, Path(cfg.run).resolve())
     job, spec = jobs_of(train, cfg.name)
+    folder = Path(train.run)
     if cfg.dry_run:
-        sys.stdout.write(f"# sbatch {train.run}/{SCRIPT}\n{sbatch_script(job)}")
+        planned = planned_begin(cfg, job, [folder])
+        told = f"# {planned.words}\n" if planned.words else ""
+        sys.stdout.write(f"{told}# sbatch {train.run}/{SCRIPT}\n{sbatch_script(planned.job)}")
         return 0
     check_datasets(train)
     check_fits(job)
-    folder = Path(train.run)
     with locked(folder, ".launch.lock", doing="launched"):
         if is_done(folder, train) or is_queued(folder):
             return 0
-        freeze_run(folder, train, job, spec)
+        planned = planned_begin(cfg, job, [folder])
+        freeze_run(folder, train, planned.job, spec)
         job_id = submit(folder / SCRIPT)
         append_row(folder / JOBS, {"job_id": job_id, "unix_s": time.time()})
     log.info("%s: submitted as job %s. What becomes of it: kiln status", folder, job_id)
+    if planned.words:
+        log.info("%s: %s", folder, planned.words)
     return 0
+
+
+def planned_begin(cfg: LaunchConfig, job: JobSpec, folders: Iterable[Path]) -> Planned:
+    """Give a job the begin that its launch line asks for.
+
+    Args:
+        cfg: The line.
+        job: Without a begin.
+        folders: Of its runs.
+    """
+    has_begun = any(attempt_folders(folder) for folder in folders)
+    return plan_begin(job, cfg.start, cfg.accounts, now_unix_s=time.time(), has_begun=has_begun)
 
 
 def train_config(cfg: LaunchConfig, folder: Path) -> TrainConfig:
     """Return the run that is launched, in a folder."""
     fields = thaw(cfg)
-    for name in ("name", "dry_run", "at_once"):
+    for name in ("name", "dry_run", "at_once", "start"):
         del fields[name]
     return freeze(TrainConfig, fields | {"run": str(folder)})
 

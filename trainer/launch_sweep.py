@@ -19,6 +19,7 @@ from slurm.render import sbatch_script
 from slurm.runfile import JOBS, SWEEP, append_row, nth_run, read_json, write_json
 from slurm.spec import JobSpec, RunSpec
 from trainer import launch
+from trainer.begin_time import Planned
 from trainer.command import long_words
 from trainer.config import LaunchConfig, TrainConfig
 from trainer.errors import BadInput
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _MULTIRUN = {"-m", "--multirun"}
 _USUAL_ARRAY_SIZE = 1001
-_SAME = ("name", "run", "dry_run", "at_once")
+_SAME = ("name", "run", "dry_run", "at_once", "start")
 """Keys that belong to all runs of a sweep."""
 
 
@@ -117,7 +118,7 @@ def run(fixed: Sequence[str], combinations: Sequence[Sequence[str]]) -> int:
         ]
 
     if first.dry_run:
-        return _show(tasks(), folder, first.at_once)
+        return _show(tasks(), folder, first)
     for config in {repr(task.config.data): task.config for task in tasks()}.values():
         launch.check_datasets(config)
     for array in arrays(tasks(), _USUAL_ARRAY_SIZE, folder=folder, at_once=None):
@@ -125,7 +126,7 @@ def run(fixed: Sequence[str], combinations: Sequence[Sequence[str]]) -> int:
     with locked(folder, ".launch.lock", doing="launched"), launch.slurm_errors():
         due = list(_due(tasks(), folder))
         if due:
-            _submit(due, folder, first.at_once)
+            _submit(due, folder, first)
     return 0
 
 
@@ -153,7 +154,10 @@ def _due(tasks: Sequence[Task], folder: Path) -> Iterator[Task]:
             yield task
 
 
-def _submit(due: Sequence[Task], folder: Path, at_once: int | None) -> None:
+def _submit(due: Sequence[Task], folder: Path, cfg: LaunchConfig) -> None:
+    most = client.max_array_size()
+    found = list(arrays(due, most, folder=folder, at_once=cfg.at_once))
+    planned = [_planned_begin(cfg, array, folder) for array in found]
     known = read_json(folder / SWEEP) or {}
     more = {f"{task.number:03d}": list(task.words) for task in due}
     write_json(folder / SWEEP, known | more)
@@ -163,25 +167,35 @@ def _submit(due: Sequence[Task], folder: Path, at_once: int | None) -> None:
         run_folder = nth_run(folder, task.number)
         run_folder.mkdir(exist_ok=True)
         launch.freeze_task(run_folder, task.config, task.spec)
-    for array in arrays(due, client.max_array_size(), folder=folder, at_once=at_once):
+    for array, begin in zip(found, planned, strict=True):
         script = folder / array.script
-        script.write_text(sbatch_script(array.job), encoding="utf-8")
+        script.write_text(sbatch_script(begin.job), encoding="utf-8")
         job_id = launch.submit(script)
         for number, index in zip(array.numbers, array.job.array, strict=True):
             row = {"job_id": f"{job_id}_{index}", "unix_s": time.time()}
             append_row(nth_run(folder, number) / JOBS, row)
         log.info("%s: %d runs are submitted as job %s", folder, len(array.numbers), job_id)
+        if begin.words:
+            log.info("job %s %s", job_id, begin.words)
     log.info("What becomes of them: kiln status %s", folder)
 
 
-def _show(tasks: Sequence[Task], folder: Path, at_once: int | None) -> int:
+def _planned_begin(cfg: LaunchConfig, array: Array, folder: Path) -> Planned:
+    runs = [nth_run(folder, number) for number in array.numbers]
+    return launch.planned_begin(cfg, array.job, runs)
+
+
+def _show(tasks: Sequence[Task], folder: Path, cfg: LaunchConfig) -> int:
     for task in tasks:
         sys.stdout.write(f"# {task.number:03d}: {' '.join(task.words)}\n")
     most = _USUAL_ARRAY_SIZE
     with suppress(client.SlurmError):
         most = client.max_array_size()
-    for array in arrays(tasks, most, folder=folder, at_once=at_once):
-        sys.stdout.write(f"# sbatch {folder / array.script}\n{sbatch_script(array.job)}")
+    for array in arrays(tasks, most, folder=folder, at_once=cfg.at_once):
+        planned = _planned_begin(cfg, array, folder)
+        if planned.words:
+            sys.stdout.write(f"# {planned.words}\n")
+        sys.stdout.write(f"# sbatch {folder / array.script}\n{sbatch_script(planned.job)}")
     return 0
 
 
@@ -196,6 +210,7 @@ def main(argv: Sequence[str]) -> int:
         raise BadInput(
             "-m needs a key with several values, as in `kiln launch -m NAME seed=0,1,2`."
         )
-    if swept & set(_SAME):
-        raise BadInput(f"{min(swept & set(_SAME))} is one for all runs of a sweep. Give one value.")
+    shared = sorted(key for key in swept if key.partition(".")[0] in _SAME)
+    if shared:
+        raise BadInput(f"{shared[0]} is one for all runs of a sweep. Give one value.")
     return run(fixed, combinations)

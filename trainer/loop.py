@@ -64,8 +64,8 @@ class Mine:
     """``(N,)`` fp32."""
 
 
-class Observer(Protocol):
-    """What happens beside training: accounts, checkpoints, rollbacks; each knows if it is due."""
+class StepObserver(Protocol):
+    """Hears what a step consists of."""
 
     def span(self, bucket: str) -> AbstractContextManager[None]:
         """Account the time inside to a bucket of the ledger."""
@@ -79,6 +79,10 @@ class Observer(Protocol):
         Returns:
             All of them, and how many were measured.
         """
+
+
+class Observer(StepObserver, Protocol):
+    """What happens beside training: accounts, checkpoints, rollbacks; each knows if it is due."""
 
     def after_step(self, progress: Progress, facts: StepFacts) -> None:
         """Hear of a finished step."""
@@ -132,7 +136,11 @@ def train(parts: Parts, progress: Progress, stop: StopFlag, observer: Observer) 
 
 
 def take_step(
-    parts: Parts, batches: Iterator[Batch], progress: Progress, stop: StopFlag, observer: Observer
+    parts: Parts,
+    batches: Iterator[Batch],
+    progress: Progress,
+    stop: StopFlag,
+    observer: StepObserver,
 ) -> tuple[StepFacts, Mine]:
     """Take one optimizer step, and move `progress` behind it."""
     plan, engine = parts.plan, parts.engine

@@ -56,7 +56,7 @@ def run(cfg: TrainConfig) -> int:
             newest = newest_valid(checkpoints_of(cfg))
             state = read_state(newest) if newest else None
             check_feed(cfg, datasets, state.stream if state else None, files=state is None)
-            _check_encoders(cfg, datasets, state)
+            check_latents(cfg, datasets, state)
             if cfg.start_from is not None and (state is None or cfg.lora is not None):
                 from trainer.begin import check_begin  # noqa: PLC0415 - loads diffusers
 
@@ -73,9 +73,7 @@ def run(cfg: TrainConfig) -> int:
             return _start(folder, cfg, plan)
 
 
-def _check_encoders(
-    cfg: TrainConfig, datasets: Sequence[Dataset], state: TrainState | None
-) -> None:
+def check_latents(cfg: TrainConfig, datasets: Sequence[Dataset], state: TrainState | None) -> None:
     """Refuse encoders that a run cannot be trained with, or was not trained with until now."""
     found = ""
     if cfg.data.latents == "online":

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.bookkeeping import Bookkeeper
 from trainer.build import build, find_checkpoint, restore
@@ -81,26 +82,26 @@ def work(run: Path) -> int:
     return 0 if finished else EXIT_REQUEUE
 
 
-def ended(work: Callable[[], int], run: Path) -> int:
+def ended(work: Callable[[], int], run: Path, *, command: str = "train") -> int:
     """Do a rank's work and return its exit code; an error is said, and left to the others."""
     try:
         return work()
     except (BadInput, BadWorld) as error:
-        print(f"kiln train: {error}", file=sys.stderr)
+        print(f"kiln {command}: {error}", file=sys.stderr)
         code = (
             2 if isinstance(error, BadInput) else EXIT_FINAL if isinstance(error, Superseded) else 1
         )
-        return _leave(run, str(error), code, echo=False)
+        return _leave(run, str(error), code, command, echo=False)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            print(f"kiln train: {disk_full(error)}", file=sys.stderr)
-            return _leave(run, disk_full(error), 1, echo=False)
+            print(f"kiln {command}: {disk_full(error)}", file=sys.stderr)
+            return _leave(run, disk_full(error), 1, command, echo=False)
         traceback.print_exc()
         last_line = traceback.format_exception_only(error)[-1].strip()
-        return _leave(run, last_line, 1, echo=is_echo(error))
+        return _leave(run, last_line, 1, command, echo=is_echo(error))
 
 
-def _leave(run: Path, error: str, code: int, *, echo: bool) -> int:
+def _leave(run: Path, error: str, code: int, command: str, *, echo: bool) -> int:
     """Write down what ended this rank; an echo of another one's end gives way to that."""
     with suppress(BadWorld):  # started by hand: there are no others
         env = read_rank_env()
@@ -110,23 +111,28 @@ def _leave(run: Path, error: str, code: int, *, echo: bool) -> int:
         if echo and read_stuck(folder) is not None:
             return EXIT_REQUEUE
         if echo and first is not None and not first.is_echo:
-            print(f"kiln train: {first}", file=sys.stderr)
+            print(f"kiln {command}: {first}", file=sys.stderr)
     return code
 
 
-def main(argv: Sequence[str]) -> int:
-    """`python -m trainer.worker RUN_DIR`, once per rank, with RANK and so on set."""
+def be_rank(work: Callable[[], int], run: Path, *, command: str = "train") -> NoReturn:
+    """Be a rank of a run that `kiln COMMAND` or a job started: work, and leave."""
     die_with_parent()
     # PyTorch 2.13 renames collectives that DeepSpeed 0.19 still calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    run = Path(argv[0])
-    code = ended(partial(work, run), run)
+    code = ended(work, run, command=command)
     sys.stdout.flush()
     sys.stderr.flush()
     # Other ranks may be dead: the collectives' threads would wait for them at a normal exit.
     os._exit(code)
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """`python -m trainer.worker RUN_DIR`, once per rank, with RANK and so on set."""
+    run = Path(argv[0])
+    be_rank(partial(work, run), run)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,26 @@
 import logging
 import subprocess
 import sys
+import time
+from datetime import datetime
 
 import pytest
 
 from slurm import client
 from slurm.attempts import read_attempts
-from tests.cluster.jobs import ROOT, state, supervised, wait_ended, wait_for
+from slurm.words import clock, from_slurm
+from tests.cluster.jobs import (
+    ROOT,
+    job_of,
+    state,
+    submit,
+    supervised,
+    wait_ended,
+    wait_for,
+    wait_running,
+)
 from tests.cluster.training import SITE, launch, losses, publish, words
+from tests.hours import this_hour, write_hours
 from trainer.cli import main
 
 pytestmark = pytest.mark.cluster
@@ -65,6 +78,44 @@ def test_the_same_line_twice_at_once_is_one_job(cluster, dataset, tmp_path, capl
     wait_for(lambda: not client.queue(), "the job's end")
     assert main(line) == 0
     assert len(client.queue()) == 1
+
+
+def test_a_job_waits_for_its_hour_and_its_run_is_the_same(cluster, dataset, tmp_path, capsys):
+    run, table = tmp_path / "runs/run", tmp_path / "hours.csv"
+    run.parent.mkdir()
+    hour_s = this_hour()
+    write_hours(table, [300, 300, 100, 300])
+    deadline = f"{datetime.fromtimestamp(hour_s + 3 * 3600):%Y-%m-%dT%H:%M}"
+    waits = ["start.by=carbon", f"start.hourly={table}", f"start.deadline={deadline}"]
+    assert launch(dataset, run, *SHORT, *waits, "start.hours=1") == 0
+    (job,) = client.queue()
+    assert (job.state, from_slurm(job.start)) == ("PENDING", hour_s + 2 * 3600)
+    frozen = (run / "config.yaml").read_text()
+    capsys.readouterr()
+    assert main(["supervise", str(run.parent), "once=true"]) == 0  # it lifts holds, not wishes
+    assert main(["status", str(run)]) == 0
+    assert f"waits until {clock(hour_s + 2 * 3600)} to begin" in capsys.readouterr().out
+    assert client.show_job(job.job_id)["Reason"] == "BeginTime"
+
+    client.update(job.job_id, StartTime="now")
+    wait_for(lambda: read_attempts(run), "the first attempt")
+    client.cancel([job.job_id])
+    wait_ended(run)
+    wait_for(lambda: not client.queue(), "the job's end")
+    # The same line, long after: the deadline cannot be kept any more, and the run goes on.
+    past = [*waits[:2], "start.deadline=2026-01-01"]
+    assert launch(dataset, run, *SHORT, *past, "start.hours=1") == 0
+    assert wait_ended(run, 1).end.cause == "finished"
+    assert (run / "config.yaml").read_text() == frozen
+    assert len(losses(run)) == 32
+
+
+def test_a_job_begins_at_its_time_and_not_before(cluster, tmp_path):
+    run, begin_s = tmp_path / "run", int(time.time()) + 8
+    submit(run, job_of(run, begin=datetime.fromtimestamp(begin_s)))
+    assert wait_running(run).begin.unix_s >= begin_s
+    (run / "finish").touch()
+    wait_ended(run)
 
 
 def test_training_goes_on_with_fewer_nodes_at_the_same_batch(cluster, dataset, tmp_path):

@@ -17,7 +17,7 @@ from trainer.errors import BadInput
 SOURCE = "codecarbon 3.3.2"
 _TABLE = Path(__file__).with_name("grid_intensity.csv")
 _TIME, _G_CO2, _PRICE = "time", "g_co2_per_kwh", "price_per_kwh"
-_HOUR_S = 3600.0
+HOUR_S = 3600.0
 _NUM_SUGGESTIONS = 3
 
 
@@ -69,9 +69,9 @@ class Hourly:
         at_s, span_s = start_unix_s, end_unix_s - start_unix_s
         while True:
             idx = bisect_right(self.starts_unix_s, at_s) - 1
-            if idx < 0 or at_s >= self.starts_unix_s[idx] + _HOUR_S:
+            if idx < 0 or at_s >= self.starts_unix_s[idx] + HOUR_S:
                 raise BadInput(self._gap(idx, at_s))
-            until_s = min(end_unix_s, self.starts_unix_s[idx] + _HOUR_S)
+            until_s = min(end_unix_s, self.starts_unix_s[idx] + HOUR_S)
             yield idx, (until_s - at_s) / span_s if span_s > 0 else 1.0
             if until_s >= end_unix_s:
                 return
@@ -79,12 +79,12 @@ class Hourly:
 
     def _gap(self, idx: int, at_s: float) -> str:
         neighbours = [
-            f"line {self.lines[each]} is {_utc(self.starts_unix_s[each])}"
+            f"line {self.lines[each]} is {utc(self.starts_unix_s[each])}"
             for each in (idx, idx + 1)
             if 0 <= each < len(self.lines)
         ]
         return (
-            f"accounts.hourly={self.path} has no hour for {_utc(at_s)}, when the account has "
+            f"accounts.hourly={self.path} has no hour for {utc(at_s)}, when the account has "
             f"energy ({', '.join(neighbours) or 'it has no hours at all'}). Add the hours that are "
             "missing, or give accounts.grid=COUNTRY instead."
         )
@@ -156,13 +156,17 @@ def rates(stated: AccountsConfig) -> tuple[Rate | None, Rate | None]:
     return carbon, price
 
 
-def read_hourly(path: Path) -> tuple[Hourly, Hourly | None]:
+def read_hourly(path: Path, *, key: str = "accounts.hourly") -> tuple[Hourly, Hourly | None]:
     """Read grams of CO2, and prices if the file has them.
+
+    Args:
+        path: A CSV file.
+        key: That a user gave it with.
 
     Raises:
         BadInput: It is no such table; the message names the line.
     """
-    lines = _read_lines(path)
+    lines = _read_lines(path, key)
     starts_unix_s: list[float] = []
     for line, row in lines:
         starts_unix_s.append(_start(row[_TIME], starts_unix_s, f"{path}, line {line}"))
@@ -184,7 +188,7 @@ def read_hourly(path: Path) -> tuple[Hourly, Hourly | None]:
     return column(_G_CO2, least=0.0), column(_PRICE, least=-math.inf) if has_prices else None
 
 
-def _read_lines(path: Path) -> list[tuple[int, dict[str, str | None]]]:
+def _read_lines(path: Path, key: str) -> list[tuple[int, dict[str, str | None]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -199,11 +203,11 @@ def _read_lines(path: Path) -> list[tuple[int, dict[str, str | None]]]:
             return [(reader.line_num, row) for row in reader]
     except OSError as error:
         raise BadInput(
-            f"accounts.hourly={path} cannot be read: {error.strerror}. "
+            f"{key}={path} cannot be read: {error.strerror}. "
             f"Give a CSV file with the columns {_TIME} and {_G_CO2}."
         ) from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"accounts.hourly={path} is no CSV in UTF-8: {error}.") from error
+        raise BadInput(f"{key}={path} is no CSV in UTF-8: {error}.") from error
 
 
 def _start(text: str | None, before_unix_s: Sequence[float], where: str) -> float:
@@ -220,12 +224,12 @@ def _start(text: str | None, before_unix_s: Sequence[float], where: str) -> floa
         raise BadInput(f"{where}: the time {text} is there twice. Take one of the lines out.")
     if start_unix_s < last_unix_s:
         raise BadInput(
-            f"{where}: got the time {text} after {_utc(last_unix_s)}, need rising times. Sort the "
+            f"{where}: got the time {text} after {utc(last_unix_s)}, need rising times. Sort the "
             "lines by time."
         )
-    if start_unix_s < last_unix_s + _HOUR_S:
+    if start_unix_s < last_unix_s + HOUR_S:
         raise BadInput(
-            f"{where}: got the time {text} within the hour from {_utc(last_unix_s)}, need one line "
+            f"{where}: got the time {text} within the hour from {utc(last_unix_s)}, need one line "
             "for each hour."
         )
     return start_unix_s
@@ -242,5 +246,6 @@ def _number(text: str | None, where: str, *, least: float) -> float:
     return value
 
 
-def _utc(unix_s: float) -> str:
+def utc(unix_s: float) -> str:
+    """Write a moment down to the minute."""
     return f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d %H:%M} UTC"

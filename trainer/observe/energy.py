@@ -166,7 +166,7 @@ def open_meters(
         Meters that overlap nowhere; empty when nothing is known.
     """
     reader = gpu_reader if gpu_reader is not None else NvmlReader.open()
-    meters = [] if reader is None else _gpu_meters(reader, gpus)
+    meters = [] if reader is None else gpu_meters(reader, gpus)
     rapl = _rapl_meters(powercap)
     if rapl:
         return (*meters, *rapl)
@@ -200,7 +200,13 @@ def tree_busy_core_s(root: psutil.Process) -> float:
     return total_s
 
 
-def _gpu_meters(reader: GpuReader, gpus: Sequence[str] | None) -> list[Meter]:
+def gpu_meters(reader: GpuReader, gpus: Sequence[str] | None) -> list[Meter]:
+    """Open a meter for each GPU that shows anything; a warning names those that do not.
+
+    Args:
+        reader: Reads NVML.
+        gpus: NVML indices or UUIDs; None: all that NVML shows.
+    """
     known = list(reader.uuids())
     by_name = {str(idx): uuid for idx, uuid in enumerate(known)} | {uuid: uuid for uuid in known}
     wanted = known if gpus is None else [by_name.get(gpu, gpu) for gpu in gpus]

@@ -1,8 +1,19 @@
-"""Read GPU energy counters through NVIDIA's management library."""
+"""Read energy counters of GPUs and set their power limits, by NVIDIA's management library."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pynvml
+
+from trainer.errors import BadWorld
+
+
+class LimitRefused(BadWorld):
+    """The driver does not tell or set a power limit; the message is its own word."""
+
+
+class LimitForbidden(LimitRefused):
+    """It would, for somebody with more rights."""
 
 
 class NvmlReader:
@@ -40,3 +51,35 @@ class NvmlReader:
             return float(pynvml.nvmlDeviceGetPowerUsage(self._handles[uuid])) / 1e3
         except pynvml.NVMLError:
             return None
+
+    def limit_w(self, uuid: str) -> float:
+        """Return the power limit in force; raises LimitRefused."""
+        with _refusals():
+            return float(pynvml.nvmlDeviceGetPowerManagementLimit(self._handles[uuid])) / 1e3
+
+    def default_limit_w(self, uuid: str) -> float:
+        """Return the limit that the GPU has when nobody sets one; raises LimitRefused."""
+        with _refusals():
+            handle = self._handles[uuid]
+            return float(pynvml.nvmlDeviceGetPowerManagementDefaultLimit(handle)) / 1e3
+
+    def limit_range_w(self, uuid: str) -> tuple[float, float]:
+        """Return the least and the largest limit that can be set; raises LimitRefused."""
+        with _refusals():
+            handle = self._handles[uuid]
+            least_mw, most_mw = pynvml.nvmlDeviceGetPowerManagementLimitConstraints(handle)
+            return float(least_mw) / 1e3, float(most_mw) / 1e3
+
+    def set_limit_w(self, uuid: str, watts: float) -> None:
+        """Set the limit; raises LimitRefused."""
+        with _refusals():
+            pynvml.nvmlDeviceSetPowerManagementLimit(self._handles[uuid], round(watts * 1e3))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except pynvml.NVMLError as error:
+        is_forbidden = error.value == pynvml.NVML_ERROR_NO_PERMISSION
+        raise (LimitForbidden if is_forbidden else LimitRefused)(str(error)) from error

@@ -41,11 +41,16 @@ def read_rank_env() -> RankEnv:
             f"{', '.join(missing)} not set: a worker is started by `kiln train`, by torchrun or "
             "by the script of `kiln launch`, not by hand."
         )
-    visible = env.get("CUDA_VISIBLE_DEVICES")
     return RankEnv(
         rank=int(env["RANK"]),
         world=int(env["WORLD_SIZE"]),
         local_rank=int(env["LOCAL_RANK"]),
         attempt=int(env.get("KILN_ATTEMPT", env.get("SLURM_RESTART_COUNT", "0"))),
-        visible_gpus=None if visible is None else tuple(filter(None, visible.split(","))),
+        visible_gpus=visible_gpus(),
     )
+
+
+def visible_gpus() -> tuple[str, ...] | None:
+    """Return the GPUs that this job may use, as CUDA_VISIBLE_DEVICES names them; None: all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if visible is None else tuple(filter(None, visible.split(",")))

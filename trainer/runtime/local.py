@@ -34,10 +34,20 @@ def run_ranks(
     num_ranks: int,
     log_dir: Path,
     env: Mapping[str, str],
+    forwards_signals: bool = True,
 ) -> int:
     """Run `python -m module args` once per rank and wait for all.
 
     Rank 0 shares this terminal; the others write to `log_dir/rank_00001.log` and so on.
+
+    Args:
+        module: What a rank is.
+        args: Of each.
+        num_ranks: How many.
+        log_dir: Of the attempt.
+        env: Set for them.
+        forwards_signals: Ranks hear what this process is told, and end in order. Otherwise
+            the signals are the caller's: what its handlers raise ends the ranks within seconds.
 
     Returns:
         The exit code that all ranks agree on; 85 when they were stuck, of which `read_stuck` tells.
@@ -52,7 +62,8 @@ def run_ranks(
         stack.callback(_end, ranks)
         stack.callback(_drop_shared_memory, port)
         # Installed before the first rank starts, so that no Ctrl-C falls between.
-        _forward_signals(stack, ranks)
+        if forwards_signals:
+            _forward_signals(stack, ranks)
         for rank in range(num_ranks):
             output = None
             if rank:

@@ -1,11 +1,14 @@
+import re
 import sys
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from tests.hours import this_hour, write_hours
 from trainer.cli import main
 from trainer.config import LaunchConfig
 from trainer.frozen import compose
-from trainer.launch import jobs_of, snapshot
+from trainer.launch import jobs_of, snapshot, train_config
 
 LAUNCH = [
     "launch",
@@ -52,6 +55,29 @@ def test_a_name_is_needed_and_has_to_be_a_folders(capsys):
     assert "name has no value" in capsys.readouterr().err
     assert main(["launch", "../x", "cluster=example", "data.dataset=x"]) == 2
     assert "name=" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_when_it_would_begin(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hours(tmp_path / "hours.csv", [300, 300, 300, 100, 300, 300])
+    words = [
+        *("start.by=carbon", "start.hourly=hours.csv", "start.hours=1"),
+        f"start.deadline={datetime.now(UTC) + timedelta(hours=4):%Y-%m-%dT%H:%M}Z",
+    ]
+    assert main([*LAUNCH, "dry_run=true", *words]) == 0
+    said = capsys.readouterr().out
+    assert re.match(r"# begins at .*: 100 gCO2/kWh over 1 h; .* be 300, 67 % less\n", said)
+    begin = datetime.fromtimestamp(this_hour() + 3 * 3600)
+    assert f"#SBATCH --begin={begin:%Y-%m-%dT%H:%M:%S}\n" in said
+    assert main([*LAUNCH, "dry_run=true", *words[:2], "start.deadline=2020-01-01"]) == 2
+    assert "start.deadline=2020-01-01 00:00" in capsys.readouterr().err
+
+
+def test_a_run_knows_nothing_of_when_its_job_begins(tmp_path):
+    words = ["name=x", *LAUNCH[2:]]
+    waits = ["start.by=price", "start.hourly=h.csv", "start.deadline=2026-12-01", "start.hours=3"]
+    plain, waiting = (compose(LaunchConfig, "launch", [*words, *more]) for more in ((), waits))
+    assert train_config(plain, tmp_path) == train_config(waiting, tmp_path)
 
 
 def test_a_dataset_that_is_not_there_is_refused_before_the_queue(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from slurm.runfile import nth_run
 from slurm.spec import Site
 from tests.cluster.jobs import job_of
+from tests.hours import this_hour, write_hours
 from trainer.cli import main
 from trainer.errors import BadInput
 from trainer.frozen import expand
@@ -85,11 +87,29 @@ def test_a_dry_run_prints_all_and_touches_nothing(tmp_path, capsys, monkeypatch)
     assert not any(tmp_path.iterdir())
 
 
+def test_all_arrays_of_a_sweep_begin_when_their_hours_are_best(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    write_hours(tmp_path / "hours.csv", [300, 300, 100, 200, 200, 100, 100, 300])
+    deadline = f"{datetime.now(UTC) + timedelta(hours=7):%Y-%m-%dT%H:%M}Z"
+    start = ["start.by=carbon", "start.hourly=hours.csv", f"start.deadline={deadline}"]
+    limits = ["seed=0,1", "cluster.time_limit_min=60,120", "cluster.warn_before_kill_s=300"]
+    assert main([*LINE, *limits, *start, "dry_run=true"]) == 0
+    said = capsys.readouterr().out
+    hour = [datetime.fromtimestamp(this_hour() + 3600 * n) for n in range(8)]
+    begins = [line for line in said.splitlines() if "--begin=" in line]
+    assert begins == [f"#SBATCH --begin={hour[n]:%Y-%m-%dT%H:%M:%S}" for n in (2, 5)]
+    assert said.count("# begins at ") == 2
+    assert main([*LINE, *limits, *start, "at_once=1", "dry_run=true"]) == 0
+    assert "over 4 h, its walltime" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "-m needs a key with several values"),
         (["run=a,b"], "run is one for all runs of a sweep"),
+        (["start.hours=1,2"], "start.hours is one for all runs of a sweep"),
         (["seed=0,1", "cluster=local"], "`kiln launch` is for Slurm"),
         (["seeed=0,1"], "Did you mean seed?"),
         (["batch.global_batch_images=2000,2048"], "Try "),

@@ -9,7 +9,7 @@ from slurm.client import Queued, sweep_comment
 from slurm.lines import lines, state, wait_words
 from slurm.places import Place, places, waits_for_nodes
 from slurm.seen import Word, goes_on, stage_of
-from slurm.words import clock
+from slurm.words import clock, from_slurm
 from tests.seen_runs import queued, seen
 
 RUN = Path("/runs/a")
@@ -61,12 +61,24 @@ def row_of(told):
 )
 def test_what_a_job_waits_for_is_said(told, words):
     job = queued(RUN, state="PENDING", **told)
-    assert wait_words(job, Place(3, 17, "gpu")).startswith(words)
+    assert wait_words(job, Place(3, 17, "gpu"), has_begun=True).startswith(words)
 
 
 def test_a_hold_says_until_when():
     job = queued(RUN, state="PENDING", reason="BeginTime", start=SOON)
-    assert "after its last end until " in wait_words(job, None)
+    assert "after its last end until " in wait_words(job, None, has_begun=True)
+
+
+def test_a_job_that_has_not_begun_waits_for_its_time_and_not_for_a_supervisor():
+    job = queued(RUN, state="PENDING", reason="BeginTime", start=SOON)
+    waits = f"waits until {clock(from_slurm(SOON))} to begin"
+    assert wait_words(job, None, has_begun=False) == waits
+    assert row_of(seen(RUN, jobs=(job,))).says == waits
+    again = row_of(seen(RUN, jobs=(job,), num_attempts=4, newest=newest(ended()))).says
+    assert "is held by Slurm after its last end" in again
+    other = replace(job, job_id="13")
+    after = row_of(seen(RUN, jobs=(other,), num_attempts=4, newest=newest(ended()))).says
+    assert after.startswith(waits)
 
 
 @pytest.mark.parametrize(

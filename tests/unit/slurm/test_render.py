@@ -1,6 +1,7 @@
 import os
 import subprocess
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,13 @@ EVERYTHING = replace(
     ),
 )
 CPU = replace(JOB, num_nodes=2, gpus_per_node=0, site=Site())
+LATER = replace(JOB, begin=datetime(2026, 12, 1, 3))
 
 
-@pytest.mark.parametrize(("name", "job"), [("gpu", JOB), ("everything", EVERYTHING), ("cpu", CPU)])
+@pytest.mark.parametrize(
+    ("name", "job"),
+    [("gpu", JOB), ("everything", EVERYTHING), ("cpu", CPU), ("later", LATER)],
+)
 def test_the_script_is_what_was_reviewed(name, job):
     path = GOLDEN / f"{name}.sbatch"
     if "KILN_WRITE_GOLDEN" in os.environ:
