@@ -166,6 +166,8 @@ def _correct():
         if told := payload.get("files", {}).get(HISTORY):
             assert told["offset"] <= len(there), "lines are missing before these"
             told["content"] = told["content"][len(there) - told["offset"] :]
+            if not told["content"]:
+                del payload["files"][HISTORY]  # otherwise it writes an empty line
         answer = stream(entity, project, run_id, payload, user_id=user_id)
         if payload.get("complete") and payload.get("exitcode"):
             database.update_run_state(run_id, "failed")

@@ -273,6 +273,14 @@ class ExportConfig:
 
 
 @config
+class SyncConfig:
+    """`kiln sync`."""
+
+    run: str
+    """Run directory; or a folder in a dataset's observe/."""
+
+
+@config
 class ReportConfig:
     """`kiln report`."""
 

@@ -9,11 +9,14 @@ from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from trainer.errors import BadInput
+import yaml
+
+from trainer.errors import BadInput, BadWorld
 from trainer.observe.evaluations import METRICS, hold_metrics
 from trainer.observe.jsonl import JsonLines
 from trainer.observe.progress import ProgressMode, Sink, open_progress
-from trainer.observe.wandb_sink import Level, Target, WandbSink
+from trainer.observe.wandb_session import Level, Target, read_kept, send_all
+from trainer.observe.wandb_sink import WandbSink
 
 WandbMode = Literal["auto", "offline", "online", "off"]
 _DEFAULT_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
@@ -71,7 +74,8 @@ class Sinks:
         sinks: list[Sink] = [JsonlSink(run_dir / METRICS)]
         mode = resolve_wandb_mode(wandb, os.environ)
         if mode != "off":
-            sinks.append(WandbSink(Target(run_dir, mode, project, config), stuck=stuck))
+            target = Target(run_dir, mode, project, config)
+            sinks.append(WandbSink(target, attempt=attempt, stuck=stuck))
         screen = open_progress(progress, total_steps=total_steps)
         return cls([*sinks, *([screen] if screen else [])], attempt=attempt)
 
@@ -115,6 +119,44 @@ def send_to_wandb(
     if held is not None:
         with held:
             WandbSink(Target(run_dir, mode, project, config)).close()
+
+
+def sync_wandb(run_dir: Path) -> int:
+    """Send W&B what it lacks of a run's folder; return how many rows it lacked.
+
+    Raises:
+        BadInput: There are no metrics or no key, or somebody writes the metrics now.
+        BadWorld: W&B cannot be reached, or does not take them.
+    """
+    config_yaml = run_dir / "config.yaml"
+    kept = read_kept(run_dir)
+    if not kept and config_yaml.exists():
+        config = yaml.safe_load(config_yaml.read_text(encoding="utf-8"))
+        kept = {"config": config, "project": config["logging"]["wandb_project"]}
+    if not kept or not (run_dir / METRICS).exists():
+        raise BadInput(
+            f"{run_dir} has no metrics of a run. Give run= a folder with {METRICS} that `kiln "
+            "train`, prepare or encode wrote."
+        )
+    if not has_key(os.environ):
+        raise BadInput(
+            "got no key of W&B. Set WANDB_API_KEY, or run `wandb login`; for a server of your own "
+            "set WANDB_BASE_URL too."
+        )
+    held = hold_metrics(run_dir)
+    if held is None:
+        raise BadInput(
+            f"{run_dir / METRICS} is being written, or cannot be locked. Who writes it sends it "
+            "to W&B: wait for its end."
+        )
+    with held:
+        try:
+            return send_all(Target(run_dir, "online", kept["project"], kept["config"]))
+        except Exception as error:
+            raise BadWorld(
+                f"W&B does not take what it lacks of {run_dir} ({' '.join(str(error).split())}). "
+                "Check WANDB_API_KEY, WANDB_BASE_URL and the network; the same command continues."
+            ) from error
 
 
 def resolve_wandb_mode(

@@ -1,71 +1,58 @@
-"""Keep a W&B run equal to a run's metrics.jsonl, which it follows behind training's back.
+"""Keep a W&B run equal to a run's metrics.jsonl, from a thread that training never waits for."""
 
-Row n of metrics.jsonl has W&B's own step n x `_SLOTS`; pictures have steps between rows. W&B tells
-whoever continues a run after which step it stands, so that rows go on from there: what a lost
-network, a wrong key or a kill kept back is sent later, and nothing is sent twice. The x axis is
-images_seen, which may go back.
-"""
-
-import hashlib
-import json
 import logging
-import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 from trainer.observe.evaluations import METRICS
+from trainer.observe.wandb_session import (
+    Level,
+    Session,
+    Target,
+    end_service,
+    open_session,
+    run_id,
+)
 
 log = logging.getLogger(__name__)
 
-Level = Literal["WARN", "ERROR"]
-
-_AXIS = "images_seen"
-_SLOTS = 100
-_INIT_S = 10.0
+_CLOSE_S = 20.0
 _FINISH_S = 10.0
-_SEND_S = 600.0
 _LOOK_EVERY_S = 0.5
 _PICTURES_EVERY_S = 30.0
 _PAUSES_S = (60.0, 3600.0)
 """Between two tries to reach W&B: the first pause, which doubles, and the longest."""
-_NUM_PICTURES = 16
-_RUN_ID, _SHOWN = "wandb_run_id", "wandb_pictures"
-
-
-@dataclass(frozen=True)
-class Target:
-    """The W&B run that a run's folder belongs to."""
-
-    run_dir: Path
-    mode: Literal["offline", "online"]
-    project: str
-    config: Mapping[str, Any]
-    """What may be published; nothing else is."""
 
 
 class WandbSink:
     """Follows metrics.jsonl in a thread; training never waits for W&B, and never ends by it."""
 
-    def __init__(self, target: Target, *, stuck: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        *,
+        attempt: int | None = None,
+        stuck: Callable[[], str | None] = lambda: None,
+    ) -> None:
         """Begin to follow.
 
         Args:
             target: The W&B run.
+            attempt: Follow no further than this attempt: another one may have begun, and send
+                the rest itself.
             stuck: Says who holds training up, if it is stuck; asked twice a second.
         """
         logging.getLogger("wandb").propagate = False  # it has its own files
         with suppress(Exception):  # which the thread will meet again, and tell
             # Not first in the thread: of two that import the same, one may see half of it.
             import wandb  # noqa: F401, PLC0415
-        self._target, self._stuck = target, stuck
+
+            run_id(target)
+        self._target, self._attempt, self._stuck = target, attempt, stuck
         self._alerts: SimpleQueue[tuple[str, str, Level]] = SimpleQueue()
         self._alerted: set[str] = set()
         self._exit_code = 0
@@ -86,11 +73,11 @@ class WandbSink:
             self._has_news.set()
 
     def close(self, *, exit_code: int = 0) -> None:
-        """Send what is left, within seconds, and end; a code other than 0 marks the run as failed."""
+        """Send what is left, within seconds, and end; a code other than 0 means that it failed."""
         self._exit_code = exit_code
         self._closing.set()
         self._has_news.set()
-        self._thread.join(_INIT_S + _FINISH_S)
+        self._thread.join(_CLOSE_S)
         if not self._is_done:
             self._warn("no answer")
 
@@ -102,6 +89,7 @@ class WandbSink:
                 self._is_done = True
             except Exception as error:  # whatever W&B does, training goes on
                 self._warn(error)
+                end_service()
                 if self._target.mode == "offline" or self._closing.wait(pause_s):
                     self._is_done = True
                 pause_s = min(2 * pause_s, longest_s)
@@ -114,17 +102,17 @@ class WandbSink:
         while not self._closing.is_set():
             self._has_news.wait(_LOOK_EVERY_S)
             self._has_news.clear()
-            session.send_rows()
+            session.send_rows(self._attempt)
             self._send_alerts(session)
             if time.monotonic() - looked_s >= _PICTURES_EVERY_S:
                 looked_s = time.monotonic()
                 session.send_pictures()
-        session.send_rows()
+        session.send_rows(self._attempt)
         session.send_pictures()
         self._send_alerts(session)
         session.finish(self._exit_code)
 
-    def _send_alerts(self, session: "Session") -> None:
+    def _send_alerts(self, session: Session) -> None:
         if (held_up_by := self._stuck()) is not None:
             self.alert("stuck", held_up_by, level="ERROR")
         while not self._alerts.empty():
@@ -138,247 +126,9 @@ class WandbSink:
         run = self._target.run_dir
         log.warning(
             "W&B does not take the metrics (%s). Work goes on, and %s has everything. Check "
-            "WANDB_API_KEY, WANDB_BASE_URL and the network; `kiln sync run=%s`, or the next "
+            "WANDB_API_KEY, WANDB_BASE_URL and the network; `kiln sync %s`, or the next "
             "attempt, sends what is missing.",
             " ".join(str(error).split())[:300] or type(error).__name__,
             run / METRICS,
             run,
         )
-
-
-class Session:
-    """An open W&B run."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        run: Any,  # noqa: ANN401 - wandb.Run
-        *,
-        sent_steps: int,
-        stopped: threading.Event,
-    ) -> None:
-        """Go on after the steps that W&B has.
-
-        Args:
-            run_dir: Whose metrics.jsonl and samples are sent.
-            run: W&B's.
-            sent_steps: So many of W&B's steps are over.
-            stopped: Set when W&B has given up sending.
-        """
-        self._run_dir, self._run, self._stopped = run_dir, run, stopped
-        self._next_step = sent_steps
-        self.num_rows = -(-sent_steps // _SLOTS)
-        """Of metrics.jsonl, that were handed to W&B."""
-        self._rows = new_rows(run_dir / METRICS, skip=self.num_rows)
-        self._shown = _read_text(run_dir / _SHOWN)
-
-    def send_rows(self) -> None:
-        """Hand over what metrics.jsonl has more; does not wait for the network.
-
-        Raises:
-            RuntimeError: W&B has given up sending.
-        """
-        if self._stopped.is_set():
-            self._run.finish()
-            raise RuntimeError("it has ended the upload")
-        for row in self._rows:
-            if row is None:
-                return
-            told = {**row, "_timestamp": row["time_unix_s"]} if "time_unix_s" in row else row
-            self._log(told, self.num_rows * _SLOTS)
-            self.num_rows += 1
-
-    def send_pictures(self) -> None:
-        """Hand over the samples in the run's folder, unless they were before, or no row is."""
-        step = max(self._next_step, (self.num_rows - 1) * _SLOTS + 1)
-        if step >= self.num_rows * _SLOTS:
-            return
-        with suppress(OSError, ValueError, LookupError):  # they are being replaced
-            digest, row = _pictures(self._run_dir / "samples")
-            if digest != self._shown:
-                self._log(row, step)
-                self._shown = digest
-
-    def alert(self, kind: str, text: str, level: Level) -> None:
-        """Have W&B write a mail, or what its user chose."""
-        title = f"{self._run_dir.resolve().name[:40]}: {kind}"
-        self._run.alert(title=title, text=text, level=level)
-
-    def finish(self, exit_code: int) -> None:
-        """Wait until all is sent.
-
-        Raises:
-            TimeoutError: That takes too long.
-        """
-        self._run.finish(exit_code=exit_code)
-        if self._shown:
-            (self._run_dir / _SHOWN).write_text(f"{self._shown}\n", encoding="utf-8")
-
-    def _log(self, row: Mapping[str, Any], step: int) -> None:
-        self._run.log(dict(row), step=step)
-        self._next_step = step + 1
-
-
-def open_session(target: Target, *, finish_s: float) -> Session | None:
-    """Start or continue the W&B run; None if it was online before and cannot be offline now.
-
-    Args:
-        target: The W&B run.
-        finish_s: How long `finish` may take.
-    """
-    folder, name = target.run_dir / "wandb", run_id(target.run_dir, target.config)
-    sent_steps = 0
-    if target.mode == "offline":
-        if list(folder.glob(f"run-*-{name}")):
-            log.info("W&B has a part of this run; `kiln sync run=%s` sends the rest", target.run_dir)
-            return None
-        sent_steps = _offline_steps(folder, name)
-    before = set(folder.glob("run-*"))
-    stopped = threading.Event()
-    try:
-        run = _init(target, name, finish_s=finish_s, stopped=stopped)
-    except Exception:
-        _end_service()
-        for failed in set(folder.glob("run-*")) - before:
-            shutil.rmtree(failed, ignore_errors=True)
-        raise
-    if target.mode == "online":
-        sent_steps = run.starting_step
-        # Their rows are sent from metrics.jsonl; `wandb sync` would send them once more.
-        for file in folder.glob(f"offline-run-*/run-{name}.wandb"):
-            file.with_name(f"{file.name}.synced").touch()
-    return Session(target.run_dir, run, sent_steps=sent_steps, stopped=stopped)
-
-
-def send_all(target: Target) -> int:
-    """Send what W&B lacks, and ask it whether it has it; return how many rows it lacked.
-
-    Raises:
-        Exception: W&B cannot be reached, says no, or has not all; of W&B's kinds.
-    """
-    session = open_session(target, finish_s=_SEND_S)
-    assert session is not None, "not offline"
-    num_before = session.num_rows
-    session.send_rows()
-    session.send_pictures()
-    session.finish(0)
-    if session.num_rows > num_before:
-        check = open_session(target, finish_s=_SEND_S)
-        assert check is not None, "not offline"
-        check.finish(0)
-        if check.num_rows < session.num_rows:
-            raise RuntimeError(f"it has {check.num_rows} of {session.num_rows} rows")
-    return session.num_rows - num_before
-
-
-def _init(target: Target, name: str, *, finish_s: float, stopped: threading.Event) -> Any:  # noqa: ANN401 - wandb.Run
-    import wandb  # noqa: PLC0415 - a second that only this sink needs
-
-    wandb.setup(wandb.Settings(silent=True))
-    run = wandb.init(
-        project=target.project,
-        name=target.run_dir.resolve().name,
-        id=name,
-        resume="allow",
-        mode=target.mode,
-        dir=target.run_dir,
-        config=dict(target.config),
-        settings=wandb.Settings(
-            silent=True,
-            console="off",
-            init_timeout=_INIT_S,
-            finish_timeout=finish_s,
-            finish_timeout_raises=True,
-            x_file_stream_retry_max=10_000,  # a server may be away for days
-            x_skip_transaction_log=target.mode == "online",  # metrics.jsonl is that
-            # W&B would interrupt training, for its stop button as well as when it gives up.
-            stop_on_fatal_error=True,
-            stop_fn=stopped.set,
-            # No host name, user, command line, environment, code or git remote.
-            host="-",
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            disable_git=True,
-            disable_code=True,
-            x_save_requirements=False,
-        ),
-    )
-    run.define_metric("*", step_metric=_AXIS)
-    return run
-
-
-def _end_service() -> None:
-    """End W&B's own process, which would say from now on that the run's id is in use."""
-    import wandb  # noqa: PLC0415
-
-    wandb.teardown()
-
-
-def new_rows(path: Path, *, skip: int) -> Iterator[dict[str, Any] | None]:
-    """Yield the rows of a file that grows, but for the first; None where there is no more yet."""
-    offset, number = 0, 0
-    while True:
-        with path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                offset, number = offset + len(line), number + 1
-                if number > skip:
-                    yield json.loads(line)
-        yield None
-
-
-def _offline_steps(folder: Path, name: str) -> int:
-    """Say up to which step W&B's own files hold the run, of which a kill leaves one unfinished.
-
-    An unfinished one is put aside, since all its rows come again, unless `wandb sync` sent it.
-    """
-    for file in sorted(folder.glob(f"offline-run-*/run-{name}.wandb"), reverse=True):
-        told = _inspect(file)
-        is_sent = file.with_name(f"{file.name}.synced").exists()
-        if told["exit_code"] is None and not is_sent:
-            file.parent.rename(folder / f"unfinished-{file.parent.name}")
-        elif told["step"] is not None:
-            return int(told["step"]) + 1
-    return 0
-
-
-def _inspect(file: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=60)  # noqa: S603
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
-
-
-def _pictures(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Read what a gallery shows: a hash of it, and W&B's row with some of its pictures."""
-    import wandb  # noqa: PLC0415
-
-    index = (folder / "index.json").read_bytes()
-    entries = json.loads(index)["samples"][:_NUM_PICTURES]
-    label = json.loads((folder / entries[0]["picture"]).with_suffix(".json").read_bytes())
-    marks = {True: "right: ", False: "wrong: ", None: ""}
-    images = [
-        wandb.Image(str(folder / entry["picture"]), caption=marks[entry["ok"]] + entry["caption"])
-        for entry in entries
-    ]
-    row = {"step": label["step"], _AXIS: label["images_seen"], "samples": images}
-    files = json.dumps([label["weights_sha256"], label["step"]]).encode()
-    return hashlib.blake2b(index + files, digest_size=8).hexdigest(), row
-
-
-def run_id(run_dir: Path, config: Mapping[str, Any]) -> str:
-    """Make an id of the run's name, config and birth, and keep it: all attempts continue one run."""
-    kept = run_dir / _RUN_ID
-    if kept.exists():
-        return _read_text(kept)
-    born = [run_dir.resolve().name, config, time.time_ns()]
-    text = json.dumps(born, sort_keys=True, default=str)
-    made = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    kept.write_text(f"{made}\n", encoding="utf-8")
-    return made
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
