@@ -2,7 +2,8 @@
 
 openwandb 0.5.25 takes any key, appends whatever comes instead of writing lines at their offset,
 tells a client that continues a run that it has no lines yet, calls every run that ended finished,
-and knows no alerts. W&B's own server does not, and all that is what the tests are about.
+and knows neither alerts nor workspaces. W&B's own server does not, and all that is what the tests
+are about.
 """
 
 import base64
@@ -24,7 +25,11 @@ from tests.tiny_source import free_port
 
 READY_S = 60
 HISTORY = "wandb-history.jsonl"
-ALERTS = "alerts.jsonl"
+KEPT = {
+    b"notifyScriptableRunAlert": ("alerts.jsonl", {"success": True}),
+    b"upsertView": ("views.jsonl", {"view": {"id": "1", "name": "nw-kiln-v"}, "inserted": True}),
+}
+"""What openwandb does not know is kept in these files, and answered so."""
 
 needs_wandb_server = pytest.mark.skipif(
     find_spec("openwandb") is None, reason="needs a server: pip install openwandb"
@@ -104,7 +109,14 @@ class WandbServer:
 
     def alerts(self):
         """Variables of all alerts."""
-        path = self.folder / ALERTS
+        return self._kept("alerts.jsonl")
+
+    def views(self):
+        """Variables of all workspaces that were saved."""
+        return self._kept("views.jsonl")
+
+    def _kept(self, name):
+        path = self.folder / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def __enter__(self):
@@ -119,10 +131,10 @@ def _basic(key):
 
 
 class Gate:
-    """Lets those in who have the key; keeps their alerts."""
+    """Lets those in who have the key; keeps what the server behind it does not know."""
 
-    def __init__(self, app, key, alerts):
-        self._app, self._key, self._alerts = app, _basic(key).encode(), alerts
+    def __init__(self, app, key, folder):
+        self._app, self._key, self._folder = app, _basic(key).encode(), folder
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -133,20 +145,35 @@ class Gate:
         if not has_key and scope["method"] != "PUT" and not scope["path"].startswith("/sdk/"):
             await _answer(send, 401, {"errors": [{"message": "user is not logged in"}]})
             return
-        first = await receive()
-        if b"notifyScriptableRunAlert" in first.get("body", b""):
-            variables = json.loads(first["body"])["variables"]
-            with self._alerts.open("a") as file:
-                file.write(json.dumps(variables) + "\n")
-            told = {"notifyScriptableRunAlert": {"success": True}}
-            await _answer(send, 200, {"data": told})
-            return
-        ahead = [first]
+        if scope["path"] == "/graphql":
+            await self._graphql(scope, await _body(receive), receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _graphql(self, scope, body, receive, send):
+        asked = json.loads(body)
+        for name, (file, told) in KEPT.items():
+            if name in body:
+                with (self._folder / file).open("a") as kept:
+                    kept.write(json.dumps(asked["variables"]) + "\n")
+                await _answer(send, 200, {"data": {name.decode(): told}})
+                return
+        if not asked.get("operationName"):
+            asked.pop("operationName", None)  # "" is none for W&B's server
+        ahead = [{"type": "http.request", "body": json.dumps(asked).encode(), "more_body": False}]
 
         async def rest():
             return ahead.pop() if ahead else await receive()
 
         await self._app(scope, rest, send)
+
+
+async def _body(receive):
+    body, is_more = b"", True
+    while is_more:
+        message = await receive()
+        body, is_more = body + message.get("body", b""), message.get("more_body", False)
+    return body
 
 
 async def _answer(send, status, content):
@@ -197,7 +224,7 @@ def serve(port, key):
     from openwandb import config, server  # noqa: PLC0415
 
     _correct()
-    app = Gate(server.app, key, config.DATA_DIR / ALERTS)
+    app = Gate(server.app, key, config.DATA_DIR)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 

@@ -128,21 +128,8 @@ def sync_wandb(run_dir: Path) -> int:
         BadInput: There are no metrics or no key, or somebody writes the metrics now.
         BadWorld: W&B cannot be reached, or does not take them.
     """
-    config_yaml = run_dir / "config.yaml"
-    kept = read_kept(run_dir)
-    if not kept and config_yaml.exists():
-        config = yaml.safe_load(config_yaml.read_text(encoding="utf-8"))
-        kept = {"config": config, "project": config["logging"]["wandb_project"]}
-    if not kept or not (run_dir / METRICS).exists():
-        raise BadInput(
-            f"{run_dir} has no metrics of a run. Give run= a folder with {METRICS} that `kiln "
-            "train`, prepare or encode wrote."
-        )
-    if not has_key(os.environ):
-        raise BadInput(
-            "got no key of W&B. Set WANDB_API_KEY, or run `wandb login`; for a server of your own "
-            "set WANDB_BASE_URL too."
-        )
+    target = wandb_target(run_dir)
+    require_key()
     held = hold_metrics(run_dir)
     if held is None:
         raise BadInput(
@@ -151,12 +138,43 @@ def sync_wandb(run_dir: Path) -> int:
         )
     with held:
         try:
-            return send_all(Target(run_dir, "online", kept["project"], kept["config"]))
+            return send_all(target)
         except Exception as error:
             raise BadWorld(
                 f"W&B does not take what it lacks of {run_dir} ({' '.join(str(error).split())}). "
                 "Check WANDB_API_KEY, WANDB_BASE_URL and the network; the same command continues."
             ) from error
+
+
+def wandb_target(run_dir: Path) -> Target:
+    """Read to which W&B run a folder belongs, also if W&B was off until now.
+
+    Raises:
+        BadInput: There are no metrics.
+    """
+    kept, config_yaml = read_kept(run_dir), run_dir / "config.yaml"
+    if not kept and config_yaml.exists():
+        config = yaml.safe_load(config_yaml.read_text(encoding="utf-8"))
+        kept = {"config": config, "project": config["logging"]["wandb_project"]}
+    if not kept or not (run_dir / METRICS).exists():
+        raise BadInput(
+            f"{run_dir} has no metrics of a run. Give run= a folder with {METRICS} that `kiln "
+            "train`, prepare or encode wrote."
+        )
+    return Target(run_dir, "online", kept["project"], kept["config"])
+
+
+def require_key() -> None:
+    """Say how to give a key.
+
+    Raises:
+        BadInput: W&B has none.
+    """
+    if not has_key(os.environ):
+        raise BadInput(
+            "got no key of W&B. Set WANDB_API_KEY, or run `wandb login`; for a server of your own "
+            "set WANDB_BASE_URL too."
+        )
 
 
 def resolve_wandb_mode(
