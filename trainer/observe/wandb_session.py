@@ -99,10 +99,10 @@ class Session:
         if step >= self.num_rows * _SLOTS:
             return
         with suppress(OSError, ValueError, LookupError):  # they are being replaced
-            digest, row = _pictures(self._run_dir / "samples")
-            if digest != self._shown:
-                self._log(row, step)
-                self._shown = digest
+            shown = _gallery(self._run_dir / "samples")
+            if shown.digest != self._shown:
+                self._log(_pictures(shown), step)
+                self._shown = shown.digest
 
     def alert(self, kind: str, text: str, level: Level) -> None:
         """Have W&B write a mail, or what its user chose."""
@@ -134,7 +134,7 @@ def open_session(target: Target, *, finish_s: float) -> Session | None:
     run_dir, name = target.run_dir, run_id(target)
     folder, sent_steps = run_dir / "wandb", 0
     if target.mode == "offline":
-        if list(folder.glob(f"run-*-{name}")):
+        if list(folder.glob(f"run-*-{name}*")):
             log.info("W&B has a part of this run; `kiln sync %s` sends the rest", run_dir)
             return None
         sent_steps = _offline_steps(folder, name)
@@ -270,21 +270,38 @@ def _inspect(file: Path) -> dict[str, Any]:
     return told
 
 
-def _pictures(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Read what a gallery shows: a hash of it, and W&B's row with some of its pictures."""
-    import wandb  # noqa: PLC0415
+@dataclass(frozen=True)
+class _Gallery:
+    digest: str
+    label: Mapping[str, Any]
+    captions: Mapping[Path, str]
 
+
+def _gallery(folder: Path) -> _Gallery:
+    """Read what a folder of samples shows, as far as W&B gets it."""
     index = (folder / "index.json").read_bytes()
     entries = json.loads(index)["samples"][:_NUM_PICTURES]
     label = json.loads((folder / entries[0]["picture"]).with_suffix(".json").read_bytes())
+    made_by = json.dumps([label["weights_sha256"], label["step"]]).encode()
     marks = {True: "right: ", False: "wrong: ", None: ""}
-    images = [
-        wandb.Image(str(folder / entry["picture"]), caption=marks[entry["ok"]] + entry["caption"])
-        for entry in entries
-    ]
-    row = {"step": label["step"], _AXIS: label["images_seen"], "samples": images}
-    files = json.dumps([label["weights_sha256"], label["step"]]).encode()
-    return hashlib.blake2b(index + files, digest_size=8).hexdigest(), row
+    return _Gallery(
+        digest=hashlib.blake2b(index + made_by, digest_size=8).hexdigest(),
+        label=label,
+        captions={
+            folder / entry["picture"]: marks[entry["ok"]] + entry["caption"] for entry in entries
+        },
+    )
+
+
+def _pictures(gallery: _Gallery) -> dict[str, Any]:
+    import wandb  # noqa: PLC0415
+
+    images = [wandb.Image(str(path), caption=text) for path, text in gallery.captions.items()]
+    return {
+        "step": gallery.label["step"],
+        _AXIS: gallery.label["images_seen"],
+        "samples": images,
+    }
 
 
 def run_id(target: Target) -> str:
