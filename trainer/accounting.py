@@ -2,9 +2,11 @@
 
 import logging
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,8 +21,11 @@ from trainer.observe.ledger import Ledger
 from trainer.observe.meters import Throughput
 from trainer.observe.sinks import Sinks
 from trainer.plan import Plan
-from trainer.runtime.ending import node_name
+from trainer.runtime.comm import is_echo
+from trainer.runtime.ending import cause, node_name, read_failures, read_stuck
 from trainer.runtime.env import RankEnv
+from trainer.runtime.rundir import attempt_dir
+from trainer.runtime.saver import Superseded
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +84,7 @@ class Metrics:
                 "%s cannot be locked: is this run trained twice, or has its file system no locks?",
                 run / METRICS,
             )
+        self._folder = attempt_dir(run, attempt)
         self._sinks = Sinks.open(
             run,
             attempt=attempt,
@@ -87,6 +93,7 @@ class Metrics:
             wandb=cfg.logging.wandb,
             project=cfg.logging.wandb_project,
             progress="quiet" if cfg.logging.quiet else "auto",
+            stuck=partial(read_stuck, self._folder),
         )
         self._plan = plan
         self._peak = peak_flops(cfg)
@@ -125,6 +132,7 @@ class Metrics:
         facts: StepFacts,
         slowest: float | None,
         split_s: Mapping[str, float],
+        slow: Sequence[str] = (),
     ) -> None:
         """Log a step that was counted.
 
@@ -133,7 +141,10 @@ class Metrics:
             facts: Of the step.
             slowest: How many times what the median rank needs the slowest one does.
             split_s: Seconds per step of this rank by phase, since the last row.
+            slow: Ranks that all others wait for, in words.
         """
+        if slow:
+            self._sinks.alert("slow rank", f"all wait for {', '.join(slow)}", level="WARN")
         encoding = {"time/encoding_s": self._last_spent_s["encoding"]} if self._encodes else {}
         self._sinks.log(
             {
@@ -170,12 +181,23 @@ class Metrics:
         share = {} if self._peak is None else {"speed/mfu_frac": per_rank / self._peak}
         return {"speed/tflops_per_rank": per_rank / 1e12, **share}
 
-    def close(self, *, exit_code: int) -> None:
-        """Close the sinks."""
+    def rolled_back(self, step: int, fault: str, back_to_step: int) -> None:
+        """Tell of a rollback."""
+        text = f"{fault} at step {step}, back to step {back_to_step}"
+        self._sinks.alert("rollback", text, level="WARN")
+
+    def close(self, error: BaseException | None) -> None:
+        """Close the sinks; tell of the error that ended the attempt, if one did."""
+        if error is not None and not isinstance(error, Superseded):
+            self._sinks.alert("failed", self._why(error), level="ERROR")
         self._merge_evaluations()
-        self._sinks.close(exit_code=exit_code)
+        self._sinks.close(exit_code=0 if error is None else 1)
         if self._held is not None:
             self._held.close()
+
+    def _why(self, error: BaseException) -> str:
+        first = cause(read_failures(self._folder).values()) if is_echo(error) else None
+        return str(first or traceback.format_exception_only(error)[-1].strip())
 
     def _merge_evaluations(self) -> None:
         """Log what `kiln evaluate` found meanwhile: nobody else may write metrics.jsonl now."""

@@ -147,7 +147,8 @@ class Bookkeeper:
             if self._metrics:
                 if is_superseded(self._run, self._attempt):
                     raise Superseded(f"another attempt of {self._run} has begun; this one ends.")
-                self._metrics.log_step(progress, facts, slowest, self._stragglers.split_s)
+                ranks = self._stragglers
+                self._metrics.log_step(progress, facts, slowest, ranks.split_s, ranks.slow)
         with self._accounted("checkpoint_stall"):  # no wait for a disk, so nothing to be patient of
             self._saver.poll()
         self._record_saved()
@@ -169,6 +170,8 @@ class Bookkeeper:
         if self._ledger:
             self._ledger.reach(progress.step)
             self._ledger.resume_at(state.step)
+        if self._metrics:
+            self._metrics.rolled_back(progress.step, fault, state.step)
         progress.stream = self._built.feed.begin(state.stream)
         progress.step, progress.images_seen = state.step, state.images_seen
         self._pulse.step = state.step + 1
@@ -245,6 +248,6 @@ class Bookkeeper:
         if self._ledger:
             self._ledger.switch("drain")
         if self._metrics:
-            self._metrics.close(exit_code=0 if kind is None else 1)
+            self._metrics.close(error)
         if self._ledger:
             self._ledger.close()

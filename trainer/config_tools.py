@@ -273,6 +273,26 @@ class ExportConfig:
 
 
 @config
+class SyncConfig:
+    """`kiln sync`."""
+
+    run: str
+    """Run directory; or a folder in a dataset's observe/."""
+
+
+@config
+class DashboardConfig:
+    """`kiln dashboard`."""
+
+    run: str
+    """Run directory: its project gets the workspace, and its metrics choose the charts."""
+    entity: str | None
+    """W&B user or team; null: the key's own."""
+    dry_run: bool
+    """Print what would be sent, and send nothing."""
+
+
+@config
 class ReportConfig:
     """`kiln report`."""
 

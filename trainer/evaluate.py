@@ -256,7 +256,6 @@ class Work:
         logging_ = self._trained.logging
         send_to_wandb(
             self._run,
-            rows,
             config=thaw(self._trained),
             wandb=logging_.wandb,
             project=logging_.wandb_project,

@@ -49,9 +49,9 @@ class Watched:
         """Say what is done from now on."""
         self._pulse.enter(phase)
 
-    def spent_j(self) -> float:
+    def spent_j(self) -> tuple[float, float]:
         """Account for nothing."""
-        return 0.0
+        return 0.0, 0.0
 
 
 class Limits:

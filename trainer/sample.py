@@ -17,12 +17,13 @@ from trainer.config import TrainConfig
 from trainer.config_tools import SHORT_KEYS, SampleConfig
 from trainer.ensemble import draw_variances, members, variance_name
 from trainer.errors import BadInput
-from trainer.frozen import read_yaml, write_yaml
+from trainer.frozen import read_yaml, thaw, write_yaml
 from trainer.gallery import GRID_PICTURES, Shown, publish_gallery, reconstructions
 from trainer.labels import Label, bytes_sha256, label_of
 from trainer.models.text_encoders import TextEncoder
 from trainer.observe.energy import open_meters
 from trainer.observe.ledger import Ledger
+from trainer.observe.sinks import send_to_wandb
 from trainer.painting import read_known
 from trainer.pictures import Wanted, Work, draw_pictures, is_done, require_room, wanted
 from trainer.pipeline_folder import TRAINING, is_pipeline_folder
@@ -190,6 +191,14 @@ def _finish(cfg: SampleConfig, work: Work, pictures: Sequence[Wanted]) -> None:
         pairs = reconstructions(work.sampler, cfg.num_reconstructions) if has_data else []
         path = publish_gallery(work.folder, entries, shown, pairs, label=work.label)
     log.info("%s", path)
+    trained = work.sampler.trained
+    if trained is not None and work.folder == Path(cfg.run) / "samples":
+        send_to_wandb(
+            Path(cfg.run),
+            config=thaw(trained),
+            wandb=trained.logging.wandb,
+            project=trained.logging.wandb_project,
+        )
 
 
 def _start_ranks(cfg: SampleConfig) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from tests.e2e.conftest import kiln
 from tests.tiny import SMALL_NETWORK
+from tests.wandb_server import WandbServer, needs_wandb_server
 from trainer.data.manifest import load_manifest
 from trainer.observe.accounts import close_check
 from trainer.observe.jsonl import read_rows
@@ -132,6 +133,27 @@ def test_kill_9_of_everything_then_the_same_command_equals_the_uninterrupted_run
     assert losses(run) == losses(whole)
     expected = weights(whole)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(run).items())
+
+
+@needs_wandb_server
+def test_a_killed_run_is_one_wandb_run_that_lacks_nothing_after_a_sync(
+    encoded, whole, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    with WandbServer(tmp_path / "server") as server:
+        for name, value in server.env().items():
+            monkeypatch.setenv(name, value)
+        online = {"logging.wandb": "auto"}
+        process = start(*words(encoded, run, **online))
+        wait_for_step(run, 7, process)
+        process.kill()
+        process.communicate()
+        kiln("train", *words(encoded, run, **online))
+        assert "it lacked 0" in kiln("sync", str(run))
+        history = server.history(json.loads((run / "wandb.json").read_text())["id"])
+    told = [{k: v for k, v in row.items() if not k.startswith("_")} for row in history]
+    assert told == read_rows(run / "metrics.jsonl")
+    assert losses(run) == losses(whole)
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(encoded, whole, tmp_path):

@@ -8,8 +8,8 @@ from trainer.observe.html import Html, tag
 
 Point = tuple[float, float]
 
-WIDE_PX = 960
-_WIDTH_PX, _HEIGHT_PX = 470, 250
+WIDE_PX, PLAIN_PX = 960, 470
+_HEIGHT_PX = 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 42
 _MOST_POINTS = 360
 
@@ -43,7 +43,7 @@ def line_chart(
     *,
     x_label: str,
     from_zero: bool = False,
-    width_px: int = _WIDTH_PX,
+    width_px: int = PLAIN_PX,
 ) -> Html | None:
     """Draw curves over a common x axis; None when there are fewer than two points to draw.
 

@@ -1,12 +1,13 @@
 """Lay a run's story out as one self-contained HTML page."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trainer.observe.charts import WIDE_PX, Line, line_chart, smooth
+from trainer.observe.charts import PLAIN_PX, WIDE_PX, Line, line_chart, smooth
+from trainer.observe.dashboard import X_LABEL, Panel, evaluation_section, training_sections
 from trainer.observe.evaluations import FOLDER
 from trainer.observe.figure_words import known_text
 from trainer.observe.figures import Figures
@@ -125,33 +126,33 @@ def _data(facts: DatasetFacts | None) -> list[Html]:
 
 
 def _training(story: Story) -> list[Html]:
-    x_label = "images seen"
-    loss = curve(story.metrics, "train/loss")
-    soft_loss = smooth(loss, num_points=max(1, len(loss) // 40))
-    charts = [
-        line_chart(
-            "Loss",
-            [Line(loss, "faint"), Line(soft_loss, "bold")],
-            x_label=x_label,
-            width_px=WIDE_PX,
-        ),
-        line_chart(
-            "Images per second",
-            [Line(curve(story.metrics, "speed/images_per_s"), "bold")],
-            x_label=x_label,
-            from_zero=True,
-        ),
-        line_chart(
-            "Learning rate",
-            [Line(curve(story.metrics, "train/lr"), "alt")],
-            x_label=x_label,
-            from_zero=True,
-        ),
-    ]
-    drawn = [chart for chart in charts if chart is not None]
-    if not drawn:
-        return absent("Two logged steps", f"kiln train run={story.run_dir}")
-    return [tag("div", *drawn, class_="charts")]
+    parts: list[Html] = []
+    for section in training_sections(story.metrics):
+        charts = _charts(section.panels, story.metrics)
+        heading = [tag("h3", section.name)] if charts and parts else []
+        parts += [*heading, *charts]
+    return parts or absent("Two logged steps", f"kiln train run={story.run_dir}")
+
+
+def _charts(panels: Sequence[Panel], rows: Sequence[Mapping[str, Any]]) -> list[Html]:
+    """Draw the panels that have enough points."""
+    drawn = [chart for panel in panels if (chart := _chart(panel, rows)) is not None]
+    return [tag("div", *drawn, class_="charts")] if drawn else []
+
+
+def _chart(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> Html | None:
+    value, *behind = (curve(rows, key) for key in panel.keys)
+    lines = [Line(points, "faint") for points in behind]
+    if panel.is_noisy:
+        lines.append(Line(value, "faint"))
+        value = smooth(value, num_points=max(1, len(value) // 40))
+    return line_chart(
+        panel.name,
+        [*lines, Line(value, "bold")],
+        x_label=X_LABEL,
+        from_zero=panel.from_zero,
+        width_px=WIDE_PX if panel.is_wide else PLAIN_PX,
+    )
 
 
 def _evaluation(story: Story) -> list[Html]:
@@ -173,8 +174,7 @@ def _evaluation(story: Story) -> list[Html]:
     ]
     note = [tag("p", "; ".join(facts), class_="note")] if facts else []
     newest = table(("score", "this run", "by chance (untrained)"), rows, numeric=2)
-    over_images = [tag("div", *charts, class_="charts")] if charts else []
-    return [newest, *note, *over_images, *_curves(story)]
+    return [newest, *note, *charts, *_curves(story)]
 
 
 def _curves(story: Story) -> list[Html]:
@@ -190,18 +190,8 @@ def _curves(story: Story) -> list[Html]:
 
 
 def _evaluation_charts(story: Story) -> list[Html]:
-    """Draw each score over the images seen, between the ends of its interval."""
-    keys = dict.fromkeys(key for row in story.evaluations for key in row if "/" in key)
-    charts = []
-    for key in keys:
-        if key.endswith(("_low", "_high")):
-            continue
-        ends = [Line(curve(story.evaluations, f"{key}_{end}"), "faint") for end in ("low", "high")]
-        prefix, _, name = key.partition("/")
-        title = score_label(name).capitalize() + (", raw weights" if prefix == "eval_raw" else "")
-        value = Line(curve(story.evaluations, key), "bold")
-        charts.append(line_chart(title, [*ends, value], x_label="images seen"))
-    return [chart for chart in charts if chart is not None]
+    section = evaluation_section(story.evaluations)
+    return [] if section is None else _charts(section.panels, story.evaluations)
 
 
 def _samples(story: Story) -> list[Html]:

@@ -2,10 +2,10 @@
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #1c2024;
-  --soft: #60676f; --rule: #e2e4e7; --accent: #0b6bcb; --faint: #0b6bcb55; --alt: #b3541e;
+  --soft: #60676f; --rule: #e2e4e7; --accent: #0b6bcb; --faint: #0b6bcb55;
   --good: #1a7f4b; --bad: #c0392b; }
 @media (prefers-color-scheme: dark) { :root { --page: #131518; --card: #1b1e23; --ink: #e8eaed;
-  --soft: #9aa2ab; --rule: #30353c; --accent: #6cb2ff; --faint: #6cb2ff55; --alt: #ffa36b;
+  --soft: #9aa2ab; --rule: #30353c; --accent: #6cb2ff; --faint: #6cb2ff55;
   --good: #58c98b; --bad: #ff7b6b; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
@@ -52,7 +52,6 @@ svg text { fill: var(--soft); font-size: 12px; }
 svg .grid { stroke: var(--rule); stroke-width: 1; }
 svg polyline { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
 svg polyline.faint { stroke: var(--faint); stroke-width: 1.2; }
-svg polyline.alt { stroke: var(--alt); }
 .bars { width: 100%; min-width: 0; }
 .bars th { text-align: left; font-weight: 400; width: 30%; overflow-wrap: anywhere; }
 .bars td, .bars th { border-bottom: 0; padding: .12rem .5rem .12rem 0; vertical-align: middle; }

@@ -1,26 +1,26 @@
-"""Send each row of metrics to metrics.jsonl (the truth), to Weights & Biases and to a screen."""
+"""Write each row of metrics to metrics.jsonl (the truth), for W&B and a screen to show."""
 
-import hashlib
-import json
-import logging
 import netrc
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from trainer.errors import BadInput
+import yaml
+
+from trainer.errors import BadInput, BadWorld
+from trainer.observe.evaluations import METRICS, hold_metrics
 from trainer.observe.jsonl import JsonLines
 from trainer.observe.progress import ProgressMode, Sink, open_progress
-
-log = logging.getLogger(__name__)
+from trainer.observe.wandb_session import Level, Target, read_kept, send_all
+from trainer.observe.wandb_sink import WandbSink
 
 WandbMode = Literal["auto", "offline", "online", "off"]
-_DEFAULT_HOST = "https://api.wandb.ai"
-_AXIS = "images_seen"
+_DEFAULT_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""Two names of one service: wandb 0.31 goes to the second, with a login for either."""
 
 
 class JsonlSink:
@@ -37,72 +37,6 @@ class JsonlSink:
     def close(self, *, exit_code: int = 0) -> None:
         """Close the file."""
         self._file.close()
-
-
-class WandbSink:
-    """A W&B run that all attempts of a run continue; its failures warn once and end it."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        mode: Literal["offline", "online"],
-        project: str,
-        config: Mapping[str, Any],
-    ) -> None:
-        """Start or continue the W&B run; config is what may be published, nothing else is."""
-        self._run: Any = None
-        logging.getLogger("wandb").propagate = False  # it has its own files
-        try:
-            import wandb  # noqa: PLC0415 - half a second that only this sink needs
-
-            self._run = wandb.init(
-                project=project,
-                name=run_dir.resolve().name,
-                id=run_id(run_dir, config),
-                resume="allow",
-                mode=mode,
-                dir=run_dir,
-                config=dict(config),
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    # No host name, user, command line, environment, code or git remote.
-                    host="-",
-                    x_disable_meta=True,
-                    x_disable_machine_info=True,
-                    disable_git=True,
-                    disable_code=True,
-                    x_save_requirements=False,
-                ),
-            )
-            # Without step=: W&B drops rows whose step does not rise, as after a rollback.
-            self._run.define_metric("*", step_metric=_AXIS)
-        except Exception as error:  # whatever W&B does, training goes on
-            self._give_up(error)
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Hand the row to W&B's own process; does not wait for the network."""
-        if self._run is None:
-            return
-        try:
-            self._run.log(dict(row))
-        except Exception as error:
-            self._give_up(error)
-
-    def close(self, *, exit_code: int = 0) -> None:
-        """Finish the run; a code other than 0 marks it as failed."""
-        if self._run is None:
-            return
-        try:
-            self._run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._give_up(error)
-        self._run = None
-
-    def _give_up(self, error: Exception) -> None:
-        log.warning("W&B is off for this attempt (%s); metrics.jsonl has everything", error)
-        self._run = None
 
 
 class Sinks:
@@ -123,6 +57,7 @@ class Sinks:
         wandb: WandbMode = "auto",
         project: str = "kiln",
         progress: ProgressMode = "auto",
+        stuck: Callable[[], str | None] = lambda: None,
     ) -> "Sinks":
         """Open metrics.jsonl, W&B and the progress display of a run.
 
@@ -130,15 +65,17 @@ class Sinks:
             run_dir: Where metrics.jsonl and W&B's offline files lie.
             attempt: Number of this attempt, from 0.
             total_steps: Where the run ends.
-            config: The resolved configuration: shown in W&B, and part of the run's id.
+            config: The resolved configuration: shown in W&B.
             wandb: auto: online when a key is set, else offline.
             project: W&B project.
             progress: auto: a live bar on a terminal, else a line now and then.
+            stuck: Says who holds the work up, if it is stuck, for W&B to alert.
         """
-        sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl")]
+        sinks: list[Sink] = [JsonlSink(run_dir / METRICS)]
         mode = resolve_wandb_mode(wandb, os.environ)
         if mode != "off":
-            sinks.append(WandbSink(run_dir, mode=mode, project=project, config=config))
+            target = Target(run_dir, mode, project, config)
+            sinks.append(WandbSink(target, attempt=attempt, stuck=stuck))
         screen = open_progress(progress, total_steps=total_steps)
         return cls([*sinks, *([screen] if screen else [])], attempt=attempt)
 
@@ -147,6 +84,12 @@ class Sinks:
         full = {**row, "time_unix_s": round(time.time(), 3), "attempt": self._attempt}
         for sink in self._sinks:
             sink.log(full)
+
+    def alert(self, kind: str, text: str, *, level: Level) -> None:
+        """Have W&B, if it is on, tell the user; of each kind once in an attempt."""
+        for sink in self._sinks:
+            if isinstance(sink, WandbSink):
+                sink.alert(kind, text, level=level)
 
     def close(self, *, exit_code: int = 0) -> None:
         """Close all sinks."""
@@ -166,36 +109,72 @@ class Sinks:
 
 
 def send_to_wandb(
-    run_dir: Path,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    config: Mapping[str, Any],
-    wandb: WandbMode,
-    project: str,
+    run_dir: Path, *, config: Mapping[str, Any], wandb: WandbMode, project: str
 ) -> None:
-    """Send rows that metrics.jsonl has already, of a run that nobody trains now, to its W&B run."""
+    """Send what is new in a run's folder to its W&B run; whoever trains the run now does that."""
     mode = resolve_wandb_mode(wandb, os.environ)
-    if mode == "off" or not rows:
+    if mode == "off" or not (run_dir / METRICS).exists():
         return
-    sink = WandbSink(run_dir, mode=mode, project=project, config=config)
-    for row in rows:
-        sink.log(row)
-    sink.close()
+    held = hold_metrics(run_dir)
+    if held is not None:
+        with held:
+            WandbSink(Target(run_dir, mode, project, config)).close()
 
 
-def run_id(run_dir: Path, config: Mapping[str, Any]) -> str:
-    """Derive the W&B run id from name and config, and keep it: all attempts continue one run."""
-    kept = run_dir / "wandb_run_id"
-    if kept.exists():
-        return kept.read_text(encoding="utf-8").strip()
-    derived = _derive_id(run_dir, config)
-    kept.write_text(f"{derived}\n", encoding="utf-8")
-    return derived
+def sync_wandb(run_dir: Path) -> int:
+    """Send W&B what it lacks of a run's folder; return how many rows it lacked.
+
+    Raises:
+        BadInput: There are no metrics or no key, or somebody writes the metrics now.
+        BadWorld: W&B cannot be reached, or does not take them.
+    """
+    target = wandb_target(run_dir)
+    require_key()
+    held = hold_metrics(run_dir)
+    if held is None:
+        raise BadInput(
+            f"{run_dir / METRICS} is being written, or cannot be locked. Who writes it sends it "
+            "to W&B: wait for its end."
+        )
+    with held:
+        try:
+            return send_all(target)
+        except Exception as error:
+            raise BadWorld(
+                f"W&B does not take what it lacks of {run_dir} ({' '.join(str(error).split())}). "
+                "Check WANDB_API_KEY, WANDB_BASE_URL and the network; the same command continues."
+            ) from error
 
 
-def _derive_id(run_dir: Path, config: Mapping[str, Any]) -> str:
-    text = json.dumps([run_dir.resolve().name, config], sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def wandb_target(run_dir: Path) -> Target:
+    """Read to which W&B run a folder belongs, also if W&B was off until now.
+
+    Raises:
+        BadInput: There are no metrics.
+    """
+    kept, config_yaml = read_kept(run_dir), run_dir / "config.yaml"
+    if not kept and config_yaml.exists():
+        config = yaml.safe_load(config_yaml.read_text(encoding="utf-8"))
+        kept = {"config": config, "project": config["logging"]["wandb_project"]}
+    if not kept or not (run_dir / METRICS).exists():
+        raise BadInput(
+            f"{run_dir} has no metrics of a run. Give run= a folder with {METRICS} that `kiln "
+            "train`, prepare or encode wrote."
+        )
+    return Target(run_dir, "online", kept["project"], kept["config"])
+
+
+def require_key() -> None:
+    """Say how to give a key.
+
+    Raises:
+        BadInput: W&B has none.
+    """
+    if not has_key(os.environ):
+        raise BadInput(
+            "got no key of W&B. Set WANDB_API_KEY, or run `wandb login`; for a server of your own "
+            "set WANDB_BASE_URL too."
+        )
 
 
 def resolve_wandb_mode(
@@ -213,16 +192,19 @@ def resolve_wandb_mode(
             chosen = environ.get("WANDB_MODE")
             if chosen in {"offline", "disabled"}:
                 return "offline" if chosen == "offline" else "off"
-            return "online" if _has_key(environ) else "offline"
+            return "online" if has_key(environ) else "offline"
     raise BadInput(f"wandb={wanted!r}, need auto, offline, online or off.")
 
 
-def _has_key(environ: Mapping[str, str]) -> bool:
+def has_key(environ: Mapping[str, str]) -> bool:
+    """Whether W&B will find a key, in the environment or in netrc for its very host."""
     if environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(environ.get("WANDB_BASE_URL", _DEFAULT_HOST)).hostname or ""
+    url = environ.get("WANDB_BASE_URL")
+    hosts = [urlsplit(url).netloc] if url else _DEFAULT_HOSTS
     file = environ.get("NETRC", str(Path(environ.get("HOME", "/")) / ".netrc"))
     try:
-        return netrc.netrc(file).authenticators(host) is not None
+        logins = netrc.netrc(file)
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(logins.authenticators(host) is not None for host in hosts)

@@ -85,6 +85,8 @@ class Stragglers:
         self._warned_s = -WARN_EVERY_S
         self.split_s: dict[str, float] = {}
         """Seconds per step that this rank spent in each phase, between the last two comparisons."""
+        self.slow: list[str] = []
+        """Slow ranks at the last comparison, in words."""
 
     def enter(self, phase: str) -> None:
         """Hear of a new phase; GPUs compute behind what the training thread does."""
@@ -105,17 +107,17 @@ class Stragglers:
         mine = Share(own_s / steps, (self._since[0] - since[0]) / steps, node_name())
         shares = [Share.unpack(told) for told in self._comm.gather_bytes(mine.pack())]
         ratios = rank_ratios(shares, is_forward_own=self._is_forward_own)
-        slow = [
+        self.slow = [
             f"rank {rank} on {share.node} ({ratio:.1f} x)"
             for rank, (share, ratio) in enumerate(zip(shares, ratios, strict=True))
             if ratio > self._slow_rank_ratio
         ]
-        if slow and self._since[0] - self._warned_s >= WARN_EVERY_S:
+        if self.slow and self._since[0] - self._warned_s >= WARN_EVERY_S:
             self._warned_s = self._since[0]
             log.warning(
                 "step %d: slower than the median rank by itself, so that all wait for it: %s",
                 self._pulse.step - 1,
-                ", ".join(slow),
+                ", ".join(self.slow),
             )
         return max(ratios)
 

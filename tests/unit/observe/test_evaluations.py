@@ -187,13 +187,18 @@ def test_in_wandb_evaluations_stand_at_their_images_whenever_they_come(tmp_path)
         for step in (1, 2, 3):
             sinks.log({"step": step, "images_seen": 8 * step, "train/loss": 1.0})
         sinks.log(metrics_row(evaluation(2, 0.5)))
-    late = metrics_row(evaluation(1, 0.25))
-    send_to_wandb(run, [late], config={}, wandb="offline", project="kiln")
+    publish(run, evaluation(1, 0.25))
+    merge(run)
+    send_to_wandb(run, config={}, wandb="offline", project="kiln")
     found = [(row["images_seen"], row.get("eval/all_frac")) for row in history(run)]
     assert found == [(8, None), (16, None), (24, None), (16, 0.5), (8, 0.25)]
 
 
-def test_without_wandb_or_rows_nothing_is_sent(tmp_path):
-    send_to_wandb(tmp_path, [evaluation(1, 0.5)], config={}, wandb="off", project="kiln")
-    send_to_wandb(tmp_path, [], config={}, wandb="offline", project="kiln")
+def test_nothing_is_sent_without_wandb_or_metrics_or_while_somebody_else_does(tmp_path):
+    send_to_wandb(tmp_path, config={}, wandb="offline", project="kiln")
     assert not list(tmp_path.iterdir())
+    train(tmp_path, [1, 2])
+    send_to_wandb(tmp_path, config={}, wandb="off", project="kiln")
+    with hold_metrics(tmp_path):
+        send_to_wandb(tmp_path, config={}, wandb="offline", project="kiln")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

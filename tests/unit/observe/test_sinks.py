@@ -2,7 +2,7 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 import wandb
@@ -11,7 +11,8 @@ from rich.console import Console
 from trainer.errors import BadInput
 from trainer.observe.jsonl import read_rows
 from trainer.observe.progress import LiveProgress, PlainProgress, in_words, open_progress
-from trainer.observe.sinks import Sinks, WandbSink, resolve_wandb_mode, run_id
+from trainer.observe.sinks import Sinks, resolve_wandb_mode
+from trainer.observe.wandb_session import Target, read_kept, run_id
 
 ROWS = [
     {"step": step, "images_seen": 8 * step, "train/loss": 1 / step, "speed/images_per_s": 25.0,
@@ -33,48 +34,87 @@ def test_every_row_is_in_the_file_before_log_returns(tmp_path):
             assert written[-1].items() >= {**row, "attempt": 2}.items()
 
 
-def inspect(run):
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
+def inspect(file, *words):
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *words, str(file)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()] if not words else done.stdout
 
 
-def test_wandb_offline_holds_the_run_and_attempts_share_its_id(tmp_path, monkeypatch):
+def wandb_files(run_dir):
+    return sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def history(file):
+    """Rows of a W&B file, without what W&B adds."""
+    rows = [record["history"]["item"] for record in inspect(file) if record["type"] == "history"]
+    return [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]
+
+
+def test_offline_is_the_default_and_holds_config_rows_and_how_each_attempt_ended(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("SECRET_OF_MINE", "swordfish")
     run_dir = tmp_path / "my_run"
     run_dir.mkdir()
-    for attempt in (0, 1):
-        with open_sinks(run_dir, wandb="offline", attempt=attempt) as sinks:
-            for row in ROWS:
-                sinks.log(row)
-    first, second = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
-    assert first.name == second.name == f"run-{run_id(run_dir, {'seed': 7})}.wandb"
+    with open_sinks(run_dir) as sinks:
+        for row in ROWS:
+            sinks.log(row)
+    with suppress(RuntimeError), open_sinks(run_dir, attempt=1) as sinks:
+        for row in ROWS[1:]:
+            sinks.log(row)
+        raise RuntimeError
+    first, second = wandb_files(run_dir)
+    made = json.loads((run_dir / "wandb.json").read_text())["id"]
+    assert first.name == second.name == f"run-{made}.wandb"
     records = inspect(first)
     (run,) = [record["run"] for record in records if record["type"] == "run"]
     assert (run["display_name"], run["host"]) == ("my_run", "-")
     assert run["config"]["update"]["seed"] == 7
-    history = [record["history"]["item"] for record in records if record["type"] == "history"]
-    assert [item["images_seen"] for item in history] == [8, 16, 24]
+    assert history(first) + history(second) == read_rows(run_dir / "metrics.jsonl")
+    definitions = [record["metric"] for record in records if record["type"] == "metric"]
+    assert {"glob_name": "*", "step_metric": "images_seen"}.items() <= definitions[0].items()
+    ends = [json.loads(inspect(file, "--summary")) for file in (first, second)]
+    assert [(end["state"], end["exit_code"]) for end in ends] == [("finished", 0), ("failed", 1)]
     everything = b"".join(f.read_bytes() for f in run_dir.rglob("*") if f.is_file())
     assert b"swordfish" not in everything
 
 
-def test_the_run_id_depends_on_name_and_config_and_nothing_else(tmp_path):
+def test_offline_alerts_are_kept_once_of_each_kind(tmp_path):
+    with open_sinks(tmp_path, wandb="offline", stuck=lambda: "rank 3 holds it up") as sinks:
+        for row in ROWS:
+            sinks.log(row)
+            sinks.alert("rollback", f"loss is nan at step {row['step']}", level="WARN")
+    (file,) = wandb_files(tmp_path)
+    alerts = [record["alert"] for record in inspect(file) if record["type"] == "alert"]
+    assert sorted((alert["text"], alert["level"]) for alert in alerts) == [
+        ("loss is nan at step 1", "WARN"),
+        ("rank 3 holds it up", "ERROR"),
+    ]
+
+
+def target(run_dir, config, mode="offline"):
+    return Target(run_dir, mode, "kiln", config)
+
+
+def test_each_run_has_an_id_of_its_own(tmp_path):
     ids = set()
-    for place, name, config in [
-        ("1", "a", {"x": 1, "y": 2}),
-        ("2", "a", {"y": 2, "x": 1}),
-        ("3", "b", {"x": 1, "y": 2}),
-        ("4", "a", {"x": 1, "y": 3}),
-    ]:
-        folder = tmp_path / place / name
+    for place in ("1", "2"):
+        folder = tmp_path / place / "same_name"
         folder.mkdir(parents=True)
-        ids.add(run_id(folder, config))
-    assert len(ids) == 3
+        ids.add(run_id(target(folder, {"x": 1})))
+    assert len(ids) == 2
 
 
 def test_a_longer_training_of_the_same_run_keeps_its_id(tmp_path):
-    assert run_id(tmp_path, {"total_images": 1}) == run_id(tmp_path, {"total_images": 2})
+    first = run_id(target(tmp_path, {"total_images": 1}))
+    assert run_id(target(tmp_path, {"total_images": 2})) == first
+    assert read_kept(tmp_path)["config"] == {"total_images": 2}
+
+
+def warnings_of(caplog):
+    return [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_broken_wandb_warns_once_and_training_goes_on(tmp_path, monkeypatch, caplog):
@@ -85,29 +125,29 @@ def test_broken_wandb_warns_once_and_training_goes_on(tmp_path, monkeypatch, cap
     with open_sinks(tmp_path, wandb="online") as sinks:
         for row in ROWS:
             sinks.log(row)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    (warning,) = warnings_of(caplog)
+    assert "no route" in warning.getMessage()
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 3
 
 
 class Broken:
     def define_metric(self, *_, **__): ...
 
-    def log(self, _):
+    def log(self, _, step):
         raise OSError("pipe closed")
 
     def finish(self, exit_code):
         raise OSError("pipe closed")
 
 
-def test_wandb_that_breaks_on_the_way_warns_once(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("rows", [ROWS, []])
+def test_wandb_that_breaks_on_the_way_warns_once(tmp_path, monkeypatch, caplog, rows):
     monkeypatch.setattr(wandb, "init", lambda **_: Broken())
-    for rows in (ROWS, []):
-        caplog.clear()
-        sink = WandbSink(tmp_path, mode="offline", project="kiln", config={})
+    with open_sinks(tmp_path, wandb="offline") as sinks:
         for row in rows:
-            sink.log(row)
-        sink.close()
-        assert len(caplog.records) == 1
+            sinks.log(row)
+    (warning,) = warnings_of(caplog)
+    assert "pipe closed" in warning.getMessage()
 
 
 @pytest.mark.parametrize(
@@ -132,6 +172,10 @@ def test_a_login_in_netrc_is_a_key_for_its_own_host(tmp_path):
     assert resolve_wandb_mode("auto", home) == "online"
     other = {**home, "WANDB_BASE_URL": "https://wandb.example.org"}
     assert resolve_wandb_mode("auto", other) == "offline"
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1:8080 login user password k\n")
+    assert (
+        resolve_wandb_mode("auto", {**home, "WANDB_BASE_URL": "http://127.0.0.1:8080"}) == "online"
+    )
     (tmp_path / ".netrc").write_text("nonsense nonsense\n")
     assert resolve_wandb_mode("auto", home) == "offline"
 
