@@ -1,17 +1,8 @@
-"""What a training run will take: arithmetic on its frozen config, before any device is touched.
+"""What a training run will take: arithmetic on its frozen config, before any device is touched."""
 
-Prints memory, speed, hours, energy and money, and what else could be typed; allocates nothing. A
-run that cannot work is refused, with a value that works. compare=RUN shows for a run that was
-trained what its plan said beside what was measured.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from rich.console import Console
-
-from trainer.command import print_help, run_command
 from trainer.config import TrainConfig
 from trainer.errors import BadInput
 from trainer.observe.carbon import grid_of
@@ -23,9 +14,6 @@ from trainer.plan_memory import (
     predict_memory,
     state_bytes,
 )
-
-PIPED_WIDTH = 110
-"""Columns of a page that no terminal shows."""
 
 
 @dataclass(frozen=True)
@@ -124,37 +112,3 @@ def rows(cfg: TrainConfig, plan: Plan) -> Iterator[tuple[str, str]]:
         + ("; frozen encoders are not counted (data.latents=online)" if is_online else "")
         + ("; activations are not counted" if cfg.model.kind == "autoencoder_kl" else ""),
     )
-
-
-def show(cfg: TrainConfig) -> int:
-    """Print the plan of a run.
-
-    Raises:
-        BadInput: The run cannot work; says with which value it would.
-    """
-    from trainer.plan_page import page  # noqa: PLC0415 - ranks need no pages
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
-    page(cfg, console)
-    return 0
-
-
-def main(argv: Sequence[str]) -> int:
-    """`kiln plan [experiment=...] [key=value ...]`, or `kiln plan compare=RUN`."""
-    if "-h" in argv or "--help" in argv:
-        print_help(show, TrainConfig, "train", usage="plan", short={})
-        return 0
-    words = list(argv)
-    if "--compare" in words[:-1]:
-        at = words.index("--compare")
-        words[at : at + 2] = [f"compare={words[at + 1]}"]
-    for word in words:
-        if word.startswith("compare="):
-            from trainer.plan_compare import compare  # noqa: PLC0415 - needed by this form alone
-
-            return compare(Path(word.partition("=")[2]))
-    if not any(word.startswith("data.dataset=") for word in words):
-        words.append("data.dataset=none")
-    return run_command(show, TrainConfig, "train", words, name="plan")

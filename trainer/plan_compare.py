@@ -88,7 +88,7 @@ def _pairs(
 
 
 def _wall_h(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    times = [row["unix_s"] for row in rows if "unix_s" in row]
+    times = [row["time_unix_s"] for row in rows if "time_unix_s" in row]
     return (max(times) - min(times)) / 3600 if len(times) > 1 else None
 
 

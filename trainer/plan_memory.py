@@ -234,6 +234,8 @@ def _moments(cfg: TrainConfig, accumulation_steps: int) -> Iterator[_Moment]:
     buckets = bucket * width * (1 if cfg.cluster.device == "cpu" else 2)
     if cfg.cluster.device == "cpu" and width < 4 and ranks > 1:
         buckets += bucket * 4  # gloo adds in fp32
+    # The update takes this rank's gradients in one piece, and in fp32.
+    updated = share * (4 if width == 4 else width + 4)
     kept = accumulation_steps > 1
     at_once = (
         cfg.cluster.device == "cpu"
@@ -252,25 +254,30 @@ def _moments(cfg: TrainConfig, accumulation_steps: int) -> Iterator[_Moment]:
                 yield _Moment(there, _activations(cfg, moment), 0.0 if at_once else buckets)
             # All at once, what is sent and what comes lie beside the gradients.
             yield _Moment(whole, 0.0, 2 * whole if at_once else buckets)
-            yield _Moment(share * width, 0.0, share * 4)
+            yield _Moment(share * width, 0.0, updated)
         case 2:
             for moment in _backward(cfg):
                 behind = min(moment.num_gradients, params)
                 waiting = min(behind, bucket) * width
                 reduced = (params if kept else max(behind - bucket, 0)) / ranks * width
                 yield _Moment(waiting + reduced, _activations(cfg, moment), buckets)
-            yield _Moment(share * width, 0.0, share * 4)
+            yield _Moment(share * width, 0.0, updated)
         case _:
             live = min(cfg.num_parameters // LIVE_PART, MAX_BUCKET_NUMBERS) * width
             gathered = 0 if ranks == 1 else 2 * live
             for moment in _backward(cfg):
                 yield _Moment(share * width, _activations(cfg, moment), live + gathered)
-            yield _Moment(share * width, 0.0, live + share * 4)
+            yield _Moment(share * width, 0.0, live + updated)
 
 
 def _activations(cfg: TrainConfig, moment: Moment) -> float:
+    assert not isinstance(cfg.model, AutoencoderModelConfig)
     share = _TEMPORARIES[cfg.model.kind, cfg.engine.activation_checkpointing]
-    return cfg.batch.micro_batch_images * moment.kept_bytes * (1 + share)
+    latents = 2 * cfg.model.latent_channels * cfg.model.latent_side**2
+    text = cfg.encoders.text.max_tokens * cfg.model.text_width
+    # As it is read, and as captions were dropped and noise was added; in fp32.
+    batch_bytes = 2 * 4 * (latents + text)
+    return cfg.batch.micro_batch_images * (moment.kept_bytes * (1 + share) + batch_bytes)
 
 
 def _backward(cfg: TrainConfig) -> Sequence[Moment]:

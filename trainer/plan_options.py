@@ -121,7 +121,7 @@ def _grid(cfg: TrainConfig) -> Iterator[TrainConfig]:
         changed = replace(
             changed,
             cluster=replace(cfg.cluster, num_nodes=count),
-            data=replace(cfg.data, latents=latents),  # type: ignore[arg-type]
+            data=replace(cfg.data, latents=latents),
         )
         per_rank, rest = divmod(cfg.batch.global_batch_images, num_ranks(changed))
         micro = 1

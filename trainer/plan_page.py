@@ -1,11 +1,18 @@
-"""The page of a plan: what a run takes and costs, how wrong that may be, and what else to type."""
+"""Print what a training run takes and costs, how wrong that may be, and what else to type.
+
+Nothing is allocated; of a dataset the manifest alone is read. A run that cannot work is refused,
+with a value that works. `kiln plan compare=RUN` shows for a run that was trained what its plan said
+beside what was measured.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from trainer.command import run_command
 from trainer.config import TrainConfig
 from trainer.data import mixture
 from trainer.datasets import dataset_places, find_datasets, weights_of
@@ -13,6 +20,7 @@ from trainer.errors import BadInput
 from trainer.hardware import ACCELERATORS
 from trainer.place import storage
 from trainer.plan import rows
+from trainer.plan_compare import compare
 from trainer.plan_forecast import Forecast, forecast
 from trainer.plan_memory import GIB, largest_micro_batch, num_averages, num_ranks, predict_memory
 from trainer.plan_needs import (
@@ -32,7 +40,37 @@ from trainer.plan_speed import (
     network_gb_per_s,
 )
 
+PIPED_WIDTH = 110
+"""Columns of a page that no terminal shows."""
 Row = tuple[str, str]
+
+
+def main(argv: Sequence[str]) -> int:
+    """`kiln plan [experiment=...] [key=value ...]`, or `kiln plan compare=RUN`."""
+    words = list(argv)
+    if "--compare" in words[:-1]:
+        at = words.index("--compare")
+        words[at : at + 2] = [f"compare={words[at + 1]}"]
+    for word in words:
+        key, _, run = word.partition("=")
+        if key == "compare":
+            return compare(Path(run))
+    if not any(word.startswith("data.dataset=") for word in words):
+        words.append("data.dataset=none")
+    return run_command(show, TrainConfig, "train", words, name="plan")
+
+
+def show(cfg: TrainConfig) -> int:
+    """Print the plan of a run.
+
+    Raises:
+        BadInput: The run cannot work; says with which value it would.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    page(cfg, console)
+    return 0
 
 
 def page(cfg: TrainConfig, console: Console) -> None:
@@ -85,11 +123,12 @@ def memory_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
             "host memory",
             f"{_gib(memory.host_bytes)} for the checkpoint's copy and what is there",
         )
-    totals = [
-        f"{stage}: {_gib(predict_memory(changed, accumulation_steps=made.plan.accumulation_steps).device_bytes)}"
+    steps = made.plan.accumulation_steps
+    totals = (
+        (stage, predict_memory(changed, accumulation_steps=steps).device_bytes)
         for stage, changed in with_stages(cfg)
-    ]
-    yield "by ZeRO stage", "; ".join(totals)
+    )
+    yield "by ZeRO stage", "; ".join(f"{stage}: {_gib(size)}" for stage, size in totals)
     if cfg.model.kind != "autoencoder_kl":
         largest = largest_micro_batch(cfg)
         yield "largest micro-batch", f"{largest} images fit and divide the batch"
@@ -138,11 +177,13 @@ def time_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
     yield "with failures", f"{_hours(needs.run_h)} that nodes are held"
     yield (
         "wall time",
-        f"{_hours(needs.wall_h)} with {needs.num_jobs:,.1f} job(s), each queued {QUEUE_S / 3600:g} h",
+        f"{_hours(needs.wall_h)} with {needs.num_jobs:,.1f} job(s), each queued "
+        f"{QUEUE_S / 3600:g} h",
     )
     yield (
         "failures",
-        f"{needs.num_failures:,.1f} expected; one every {needs.mttf_h:,.1f} h ({made.failures.words})",
+        f"{needs.num_failures:,.1f} expected; one every {needs.mttf_h:,.1f} h "
+        f"({made.failures.words})",
     )
     yield (
         "checkpoint now",

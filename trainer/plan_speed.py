@@ -9,7 +9,7 @@ devices, more nodes, ZeRO stages, optimizer, averages - follows from hardware nu
 fitted, so a prediction says how wrong it may be.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import sqrt
 
