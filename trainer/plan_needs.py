@@ -13,10 +13,12 @@ from trainer.data.manifest import ShardEntry
 from trainer.hardware import Accelerator
 from trainer.observe.carbon import Rate
 from trainer.plan_memory import GIB, checkpoint_gib, num_ranks
-from trainer.plan_speed import Band, Speed
+from trainer.plan_speed import PCIE_GB_PER_S, Band, Speed
 
 RESTART_S = 300.0
 """From a failure to the first new step: a node is excluded, ranks start and load; assumed."""
+AGREE_S = 0.1
+"""What a checkpoint holds training up beside the copy to host memory; assumed."""
 QUEUE_S = 3600.0
 """Waiting for the first nodes; assumed, as are the waits between jobs: each the same."""
 POWER_SHARE = Band(0.6, 0.8, 1.0)
@@ -142,7 +144,7 @@ def predict_needs(
     mttf_s = failures.mttf_gpu_h / ranks * _S_PER_H
     size_gib = checkpoint_gib(cfg)
     # Each rank copies its share to host memory while training waits; disks are written beside it.
-    stall_s = size_gib * GIB / ranks / 25e9 + 0.1
+    stall_s = size_gib * GIB / ranks / (PCIE_GB_PER_S * 1e9) + AGREE_S
     slurm = cfg.cluster.slurm
     write_s = size_gib * GIB / nodes / (slurm.write_mb_per_s * 1e6) if slurm else stall_s
     batch = cfg.batch.global_batch_images
