@@ -125,7 +125,7 @@ def build_without_data(cfg: TrainConfig, comm: Comm) -> Built:
         ema=Ema(engine.fragments, decays(cfg.ema)),
         guard=Guard(cfg.rollback),
         objective=objective,
-        feed=MadeUpFeed(cfg),  # type: ignore[arg-type]
+        feed=MadeUpFeed(cfg),
         shapes=shapes,
         fingerprints=("", ""),
     )
@@ -220,7 +220,8 @@ def accounts(cfg: TrainConfig, comm: Comm, env: RankEnv) -> dict[str, float]:
     short = replace(cfg, total_images=LAST_COUNTED * cfg.batch.global_batch_images)
     train(build_without_data(short, comm).parts(), progress, StopFlag(), alone)
     progress = Progress(State(0, (), ()))
-    with Timed(cfg, make_plan(cfg), comm, env, launcher_pid=launcher_pid()) as books:
+    books = Timed(cfg, make_plan(cfg), comm, env, launcher_pid=launcher_pid())
+    with books:
         built = build_without_data(cfg, comm)
         books.begin(built, progress)
         train(built.parts(), progress, StopFlag(), books)
