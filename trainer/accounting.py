@@ -1,6 +1,7 @@
 """The accounts of an attempt: seconds and joules of each node, and what rank 0 tells of it all."""
 
 import logging
+import resource
 import time
 import traceback
 from collections import defaultdict
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import psutil
+import torch
 
 from trainer.config import TrainConfig
 from trainer.frozen import thaw
@@ -72,6 +74,13 @@ def _step_daemon() -> psutil.Process | None:
     return next((each for each in parents if each.name() == "slurmstepd"), None)
 
 
+def _peak_gib(on_gpu: bool) -> float:
+    """Return the most that this rank held: tensors on its GPU, or its process, libraries too."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 class Metrics:
     """What is told of an attempt while it trains; rank 0 tells it."""
 
@@ -97,6 +106,7 @@ class Metrics:
         )
         self._plan = plan
         self._peak = peak_flops(cfg)
+        self._on_gpu = cfg.cluster.device == "cuda"
         self._speed = Throughput()
         self._encodes = cfg.data.latents == "online"
         self._spent_s: defaultdict[str, float] = defaultdict(float)
@@ -156,6 +166,7 @@ class Metrics:
                 "speed/images_per_s": self._speed.images_per_s,
                 "speed/images_per_s_per_rank": self._speed.images_per_s / self._plan.num_ranks,
                 **self._compute(),
+                "memory/peak_gib": _peak_gib(self._on_gpu),
                 "speed/data_wait_frac": self._speed.data_wait_frac,
                 "speed/slowest_rank_ratio": slowest,
                 "time/data_wait_s": self._last_spent_s["data_stall"],

@@ -24,7 +24,7 @@ COMMANDS = {
     "stats": ("data_prep.stats", "say what is in a published dataset, as tables and a page"),
     "dedup": ("data_prep.dedup", "remove or weigh down exact and near-duplicate pictures"),
     "remove": ("data_prep.remove", "take samples out by key, URL or hash; no tar is rewritten"),
-    "plan": ("trainer.plan", "print what a training run will take; touches nothing"),
+    "plan": ("trainer.plan_page", "print what a training run will take; touches nothing"),
     "stream-plan": (
         "trainer.stream_plan",
         "print epochs, windows, cache and requests of a run's data; reads manifests only",

@@ -105,6 +105,15 @@ class ClusterConfig:
     """Walltime of one Slurm job, in minutes."""
     warn_before_kill_s: PositiveInt
     """Slurm's warning signal comes this long before the end."""
+    accelerator: str | None = None
+    """What each rank computes on, a key of trainer.hardware.ACCELERATORS such as a100_80gb; null is
+    unknown, and then no speed, cost or energy is planned."""
+    network_gb_per_s: PositiveFloat | None = None
+    """Bandwidth of one node to the others, in one direction: 25 for one port of 200 Gb/s; null is
+    what the accelerator's reference system has."""
+    mttf_gpu_h: PositiveFloat | None = None
+    """Hours until one GPU ends a run, with all that stands behind it; null: as other runs in the
+    runs folder had it, or as published."""
     slurm: SlurmConfig | None = None
     """kind=slurm: what the site is asked for."""
 

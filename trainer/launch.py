@@ -24,7 +24,9 @@ from trainer.datasets import dataset_places, find_datasets
 from trainer.errors import BadInput, BadWorld
 from trainer.frozen import freeze, thaw
 from trainer.place import storage
-from trainer.plan import checkpoint_gib, make_plan
+from trainer.plan import make_plan
+from trainer.plan_forecast import check_memory, predictions
+from trainer.plan_memory import checkpoint_gib
 from trainer.runtime.local import ALLOCATOR_ENV
 from trainer.runtime.rundir import SAVED, freeze_config, locked
 
@@ -125,7 +127,7 @@ def freeze_task(folder: Path, cfg: TrainConfig, spec: RunSpec) -> None:
     freeze_config(folder, cfg)
     saved = read_json(folder / SAVED) or {"step": 0, "images_seen": 0}
     plan = make_plan(cfg, step=saved["step"], images_seen=saved["images_seen"])
-    write_json(folder / PLAN, asdict(plan))
+    write_json(folder / PLAN, asdict(plan) | {"predicted": predictions(cfg)})
     (folder / "attempts").mkdir(exist_ok=True)
     write_spec(folder, spec)
 
@@ -186,7 +188,7 @@ def jobs_of(cfg: TrainConfig, name: str, *, home: Path | None = None) -> tuple[J
             f"cluster.kind={cluster.kind}: `kiln launch` is for Slurm. Give a cluster= of kind "
             "slurm, such as cluster=example, or use `kiln train` on this machine."
         )
-    make_plan(cfg)
+    check_memory(cfg)
     _check_time_to_save(cfg, slurm)
     gpus = cluster.ranks_per_node if cluster.device == "cuda" else 0
     try:

@@ -19,6 +19,7 @@ from trainer.errors import BadInput
 from trainer.feed import check_feed
 from trainer.place import storage
 from trainer.plan import Plan, make_plan, rows
+from trainer.plan_forecast import predictions
 from trainer.runtime.checkpoint import TrainState, newest_valid, read_state
 from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.ending import read_stuck
@@ -92,7 +93,7 @@ def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:
     if cfg.cluster.device == "cpu":
         build_cpu_op()
     attempt = new_attempt(folder)
-    publish_json(folder / "plan.json", asdict(plan))
+    publish_json(folder / "plan.json", asdict(plan) | {"predicted": predictions(cfg)})
     if not cfg.logging.quiet:
         for what, how_much in rows(cfg, plan):
             log.info("  %-16s %s", what, how_much)

@@ -6,6 +6,8 @@ latent, of that many pixels times its downscale, which is encoded and decoded; i
 need, and an autoencoder's discriminator.
 """
 
+from dataclasses import dataclass
+
 from trainer.config import ModelConfig
 from trainer.config_lora import LoraConfig
 from trainer.models.layers import adapted
@@ -83,6 +85,45 @@ def activation_bytes(
     tape = Tape(width_bytes=width_bytes, recomputes=checkpointing, adapters=adapters)
     run(cfg, tape, latent_height, latent_width, text_tokens)
     return tape.most_kept_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """A point of the backward pass, in front of the gradients of a layer."""
+
+    kept_bytes: int
+    """Per image of a micro-batch: activations that are still needed."""
+    num_gradients: int
+    """Weights behind it, whose gradients are there."""
+
+
+def backward_moments(
+    cfg: ModelConfig,
+    *,
+    latent_height: int,
+    latent_width: int,
+    text_tokens: int,
+    width_bytes: int,
+    checkpointing: bool,
+) -> list[Moment]:
+    """Follow a backward pass from its begin, where nothing has a gradient, to its end.
+
+    While activations are freed, gradients come; neither is there in full when the other is. Of the
+    weights those of layers are counted, which are nearly all.
+
+    Raises:
+        BadInput: As `forward_flops`.
+    """
+    tape = Tape(width_bytes=width_bytes, recomputes=checkpointing)
+    run(cfg, tape, latent_height, latent_width, text_tokens)
+    found = [Moment(kept_bytes=tape.most_kept_bytes, num_gradients=0)]
+    behind = 0
+    for layer, kept_bytes in zip(
+        reversed(tape.layers), reversed(tape.kept_bytes_by_layer), strict=True
+    ):
+        behind += layer.inputs * layer.outputs * layer.side**2
+        found.append(Moment(kept_bytes=kept_bytes, num_gradients=behind))
+    return found
 
 
 def _adapters(cfg: ModelConfig, lora: LoraConfig) -> Adapters:

@@ -67,6 +67,8 @@ class Tape:
         """In the order in which they run."""
         self.forward_flops = 0
         self.backward_flops = 0
+        self.kept_bytes_by_layer: list[int] = []
+        """What is kept when each of them has run; in the backward pass it is freed in reverse."""
         self._width_bytes, self._recomputes, self._adapters = width_bytes, recomputes, adapters
         self._kept: dict[object, int] = {}
         self._most_bytes = 0
@@ -112,6 +114,7 @@ class Tape:
         is_trained = self._adapters is None
         y = Array(layer.outputs, rows, columns, x.has_grad or is_trained)
         self._multiply_add(layer, x, y, is_trained=is_trained)
+        self.kept_bytes_by_layer.append(sum(self._kept.values()))
         if self._adapters is None or layer.name not in self._adapters.names:
             return y
         rank = self._adapters.rank

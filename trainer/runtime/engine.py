@@ -10,14 +10,10 @@ from trainer.config import TrainConfig
 from trainer.config_engine import EngineConfig, OptimConfig
 from trainer.errors import BadInput
 from trainer.plan import Plan
+from trainer.plan_memory import LIVE_PART, MAX_BUCKET_NUMBERS
 from trainer.runtime import shortcuts
 from trainer.runtime.comm import Comm
 from trainer.runtime.fragments import FragmentReader
-
-MAX_BUCKET_NUMBERS = 50_000_000
-"""Gradients, or weights to be gathered next, that are held at a time; 200 MB in fp32."""
-LIVE_PART = 16
-"""ZeRO 3 has at most about this part of the weights gathered at a time."""
 
 
 def clips_itself(cfg: EngineConfig) -> bool:

@@ -1,6 +1,6 @@
 """This rank's slice of every trained parameter and of its moments, for every ZeRO stage."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class FragmentReader:
         self._optimizer: torch.optim.Optimizer = (
             self._zero.optimizer if self._zero else engine.optimizer
         )
+        self._owners = _owners([p.numel() for _, p in self._named_parameters()], world)
         for tensor in self._flat_tensors():
             state = self._optimizer.state[tensor]
             if not state:
@@ -76,7 +77,7 @@ class FragmentReader:
         for index, (name, param) in enumerate(self._named_parameters()):
             if self._stage == 0:
                 # Every rank holds everything; share the work of saving and averaging it out.
-                if index % self._world == self._rank:
+                if self._owners[index] == self._rank:
                     yield self._whole(name, param)
             elif self._stage == 3:
                 yield from self._stage_3(name, param)
@@ -87,9 +88,9 @@ class FragmentReader:
         """Copy master weights that were written through fragments back into the network."""
         if self._stage == 0:
             for index, (_, param) in enumerate(self._named_parameters()):
-                torch.distributed.broadcast(param.data, src=index % self._world)
+                torch.distributed.broadcast(param.data, src=self._owners[index])
                 for moment in self._moments_of(param).values():
-                    torch.distributed.broadcast(moment, src=index % self._world)
+                    torch.distributed.broadcast(moment, src=self._owners[index])
             return
         assert self._zero is not None
         if self._stage == 3:
@@ -141,6 +142,15 @@ class FragmentReader:
             key: moment.narrow(0, offset, numel) for key, moment in self._moments_of(flat).items()
         }
         yield Fragment(name, start, numel, flat.data.narrow(0, offset, numel), moments)
+
+
+def _owners(sizes: Sequence[int], num_ranks: int) -> list[int]:
+    """Share tensors out to ranks, the largest first, each to the one that has the least so far."""
+    owners, held = [0] * len(sizes), [0] * num_ranks
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owners[index] = min(range(num_ranks), key=held.__getitem__)
+        held[owners[index]] += sizes[index]
+    return owners
 
 
 def _step_device(optimizer: torch.optim.Optimizer, tensor: Tensor) -> torch.device:

@@ -5,7 +5,8 @@ import pytest
 from tests.tiny import tiny_config
 from trainer.config_accounts import AccountsConfig
 from trainer.errors import BadInput
-from trainer.plan import main, make_plan
+from trainer.plan import make_plan
+from trainer.plan_page import main
 
 
 def test_arithmetic():

@@ -1,0 +1,127 @@
+from dataclasses import replace
+
+import pytest
+
+from tests.tiny import tiny_config
+from trainer.config import TrainConfig
+from trainer.errors import BadInput
+from trainer.frozen import compose
+from trainer.models.costs import activation_bytes, backward_moments
+from trainer.plan_forecast import check_memory
+from trainer.plan_memory import (
+    GIB,
+    largest_micro_batch,
+    num_ranks,
+    predict_memory,
+    with_micro_batch,
+)
+from trainer.plan_options import with_stages
+
+SD2 = ["experiment=sd2_512", "data.dataset=none"]
+
+
+def sd2(*words):
+    return compose(TrainConfig, "train", [*SD2, *words])
+
+
+def on_nodes(cfg, nodes):
+    return replace(cfg, cluster=replace(cfg.cluster, num_nodes=nodes))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_a_higher_stage_and_more_ranks_never_take_more(precision, checkpointing):
+    cfg = sd2(
+        f"engine.precision={precision}", f"engine.activation_checkpointing={checkpointing}",
+        "batch.micro_batch_images=1",
+    )  # fmt: skip
+    for nodes in (1, 2, 4, 8, 16):
+        sizes = [
+            predict_memory(changed).device_bytes
+            for _, changed in with_stages(on_nodes(cfg, nodes))
+            if changed.engine.zero_stage
+        ]
+        assert sizes == sorted(sizes, reverse=True)
+    for _, changed in with_stages(cfg):
+        sizes = [predict_memory(on_nodes(changed, n)).device_bytes for n in (1, 2, 4, 8, 16)]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_when_they_are_made_again():
+    cfg = sd2("engine.activation_checkpointing=false")
+    sizes = [predict_memory(with_micro_batch(cfg, micro)).device_bytes for micro in (1, 2, 4, 8)]
+    assert sizes == sorted(sizes)
+    again = replace(cfg, engine=replace(cfg.engine, activation_checkpointing=True))
+    assert predict_memory(again).device_bytes < predict_memory(cfg).device_bytes
+
+
+def test_the_parts_are_the_total():
+    memory = predict_memory(sd2())
+    parts = (
+        memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes, memory.ema_bytes,
+        memory.activations_bytes, memory.buffers_bytes, memory.runtime_bytes,
+    )  # fmt: skip
+    assert memory.device_bytes == pytest.approx(sum(parts))
+    assert memory.host_bytes == memory.snapshot_bytes
+
+
+def test_what_is_offloaded_leaves_the_device():
+    here, away = predict_memory(sd2()), predict_memory(sd2("engine.offload=optimizer"))
+    moved = here.optimizer_bytes + here.ema_bytes
+    assert here.device_bytes - away.device_bytes == pytest.approx(moved)
+    assert away.host_bytes - here.host_bytes == pytest.approx(moved)
+
+
+def test_a_backward_pass_frees_activations_while_gradients_come():
+    cfg = sd2("engine.activation_checkpointing=false")
+    sizes = {
+        "latent_height": 64,
+        "latent_width": 64,
+        "text_tokens": 77,
+        "width_bytes": 2,
+        "checkpointing": False,
+    }
+    moments = backward_moments(cfg.model, **sizes)
+    kept, gradients = (
+        [getattr(m, name) for m in moments] for name in ("kept_bytes", "num_gradients")
+    )
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] == activation_bytes(cfg.model, **sizes)
+    assert gradients == sorted(gradients)
+    assert gradients[-1] == pytest.approx(cfg.num_parameters, rel=0.002)  # norms and biases
+
+
+@pytest.mark.parametrize("memory_gib", [8, 16, 32])
+def test_the_largest_micro_batch_divides_fits_and_is_the_largest(memory_gib):
+    cfg = sd2(f"cluster.device_memory_gib={memory_gib}", "cluster.num_nodes=2")
+    largest = largest_micro_batch(cfg)
+    per_rank = cfg.batch.global_batch_images // num_ranks(cfg)
+    assert per_rank % largest == 0
+    check_memory(with_micro_batch(cfg, largest))
+    larger = [micro for micro in range(largest + 1, per_rank + 1) if per_rank % micro == 0]
+    for micro in larger[:1]:
+        steps = per_rank // micro
+        changed = with_micro_batch(cfg, micro)
+        assert predict_memory(changed, accumulation_steps=steps).device_bytes > memory_gib * GIB
+
+
+def test_nothing_fits_where_the_weights_alone_do_not():
+    assert largest_micro_batch(sd2("cluster.device_memory_gib=1")) is None
+
+
+def test_a_batch_that_does_not_divide_has_no_micro_batch():
+    assert largest_micro_batch(tiny_config(cluster__ranks_per_node=3)) is None
+
+
+def test_what_does_not_fit_is_refused_with_words_that_do():
+    words = ["batch.micro_batch_images=16", "engine.activation_checkpointing=false"]
+    small = ["cluster.device_memory_gib=16"]
+    with pytest.raises(BadInput, match=r"of it activations, .*Try ([^.]|\.\w)+\.$") as refused:
+        check_memory(sd2(*words, *small))
+    advice = str(refused.value).rpartition("Try ")[2].removesuffix(".").split()
+    check_memory(sd2(*words, *small, *advice))
+
+
+def test_what_never_fits_is_refused_without_advice_that_does_not_work():
+    with pytest.raises(BadInput, match="No stage and no micro-batch of it fit"):
+        check_memory(sd2("cluster.device_memory_gib=2", "engine.zero_stage=3"))

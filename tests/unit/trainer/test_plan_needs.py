@@ -1,0 +1,119 @@
+import json
+from dataclasses import asdict
+from math import sqrt
+
+import pytest
+
+from slurm.attempts import Begin, End
+from trainer.config import TrainConfig
+from trainer.data.manifest import ShardEntry
+from trainer.frozen import compose
+from trainer.observe.carbon import Constant
+from trainer.plan_forecast import LEAST_FAILURES, RSC_MTTF_GPU_H, failures_of, forecast
+from trainer.plan_needs import best_interval_s, predict_data, stretched
+
+
+def run(*words):
+    return compose(TrainConfig, "train", ["experiment=sd2_512", "data.dataset=none", *words])
+
+
+def needs(*words):
+    return forecast(run(*words)).needs
+
+
+def test_more_failures_never_take_less_time():
+    found = [needs(f"cluster.mttf_gpu_h={hours}").run_h.mid for hours in (1e6, 1e5, 1e4, 2e3, 1e3)]
+    assert found == sorted(found)
+
+
+def test_without_failures_and_stalls_work_takes_its_time():
+    assert stretched(1e6, interval_s=600, stall_s=0, mttf_s=1e12) == pytest.approx(1e6, rel=1e-5)
+
+
+def test_the_best_interval_is_young_s_and_loses_least():
+    stall_s, mttf_s = 5.0, 32 * 3600.0
+    best = best_interval_s(stall_s, mttf_s)
+    assert best == pytest.approx(sqrt(2 * stall_s * mttf_s))
+    lost = [
+        stretched(1.0, interval_s=best * factor, stall_s=stall_s, mttf_s=mttf_s)
+        for factor in (0.5, 0.9, 1.0, 1.1, 2.0)
+    ]
+    assert min(lost) == pytest.approx(lost[2], rel=1e-4)
+
+
+def test_the_recommended_interval_loses_no_more_than_the_configured_one():
+    for images in (20_480, 204_800, 2_048_000, 20_480_000):
+        found = needs(f"checkpoint.every_images={images}")
+        if found.interval_s >= found.checkpoint_write_s:
+            assert found.best_loss_frac <= found.loss_frac + 1e-6
+
+
+def test_cost_is_linear_in_the_price():
+    one, two = (needs(f"accounts.price_per_gpu_hour={price}").gpu_cost for price in (1, 2))
+    assert (two.low, two.mid, two.high) == (2 * one.low, 2 * one.mid, 2 * one.high)
+    assert one.mid == needs().gpu_hours.mid
+
+
+def test_energy_follows_pue_and_carbon_follows_energy():
+    plain, cooled = needs(), needs("accounts.pue=1.5", "accounts.grid=DEU")
+    assert cooled.kwh.mid == pytest.approx(1.5 * plain.kwh.mid)
+    rate = forecast(run("accounts.grid=DEU")).carbon
+    assert isinstance(rate, Constant)
+    assert cooled.kg_co2e.mid == pytest.approx(cooled.kwh.mid * rate.per_kwh / 1e3)
+
+
+def test_what_is_unknown_is_not_told():
+    found = needs()
+    assert (found.gpu_cost, found.energy_cost, found.kg_co2e) == (None, None, None)
+
+
+def test_hours_add_up():
+    found = needs()
+    assert found.train_h.mid < found.run_h.mid < found.wall_h.mid
+    assert found.gpu_hours.mid == pytest.approx(found.run_h.mid * 128)
+    assert found.num_failures == pytest.approx(found.run_h.mid / found.mttf_h)
+
+
+def attempt(run_folder, number, cause, *, hours):
+    folder = run_folder / "attempts" / f"{number:03d}"
+    folder.mkdir(parents=True)
+    begin = Begin(job_id="1", nodes=("n1", "n2"), unix_s=0.0, saved_step=0)
+    end = End(cause=cause, why="", unix_s=hours * 3600, saved_step=0, suspects={})
+    (folder / "begin.json").write_text(json.dumps(asdict(begin)))
+    (folder / "end.json").write_text(json.dumps(asdict(end)))
+
+
+def test_failures_are_stated_or_measured_or_published(tmp_path):
+    assert failures_of(run("cluster.mttf_gpu_h=5"), tmp_path).mttf_gpu_h == 5
+    assert failures_of(run(), tmp_path / "none").mttf_gpu_h == RSC_MTTF_GPU_H
+    for number in range(LEAST_FAILURES - 1):
+        attempt(tmp_path / "a", number, "crashed", hours=10)
+    assert failures_of(run(), tmp_path).mttf_gpu_h == RSC_MTTF_GPU_H
+    attempt(tmp_path / "b", 0, "stuck", hours=10)
+    attempt(tmp_path / "b", 1, "walltime", hours=30)
+    found = failures_of(run(), tmp_path)
+    hours = 10 * LEAST_FAILURES + 30
+    assert found.mttf_gpu_h == pytest.approx(hours * 2 * 8 / LEAST_FAILURES)
+    assert f"{LEAST_FAILURES} failures" in found.words
+
+
+def shards(*counts):
+    return [
+        ShardEntry(
+            name=f"{number:05d}",
+            bytes=1000 * count,
+            sha256="",
+            count=count,
+            index_bytes=0,
+            index_sha256="",
+        )
+        for number, count in enumerate(counts)
+    ]
+
+
+def test_a_cache_that_holds_all_fetches_all_once():
+    kept = run("data.cache=/cache", "data.cache_gb=1")
+    found = predict_data(kept, [shards(10, 10)], [1.0], images=100)
+    assert (found.num_samples, found.total_bytes, found.epochs) == (20, 20_000, 5.0)
+    assert found.egress_bytes == 20_000
+    assert predict_data(run(), [shards(10, 10)], [1.0], images=100).egress_bytes == 5 * 20_000

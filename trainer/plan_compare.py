@@ -1,0 +1,102 @@
+"""What a run's plan said beside what was measured."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from slurm.runfile import PLAN, read_json
+from trainer.errors import BadInput
+from trainer.observe.evaluations import METRICS
+from trainer.observe.jsonl import read_rows
+
+_RATE = "speed/images_per_s"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One quantity, planned and measured; None is unknown."""
+
+    name: str
+    unit: str
+    planned: float | None
+    measured: float | None
+    between: tuple[float, float] | None = None
+    """Where the plan thought it would lie."""
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured over planned."""
+        if not self.planned or self.measured is None:
+            return None
+        return self.measured / self.planned
+
+
+def compare(run: Path, console: Console | None = None) -> int:
+    """Print planned beside measured.
+
+    Raises:
+        BadInput: There is no such run, its plan had no predictions, or it took no step.
+    """
+    console = console or Console()
+    table = Table("", "planned", "measured", "measured / planned", box=None, pad_edge=False)
+    for pair in pairs(run):
+        planned = _number(pair.planned)
+        if pair.between:
+            planned += f" ({_number(pair.between[0])} to {_number(pair.between[1])})"
+        name = f"{pair.name} ({pair.unit})" if pair.unit else pair.name
+        table.add_row(name, planned, _number(pair.measured), _number(pair.ratio))
+    console.print(table, highlight=False)
+    return 0
+
+
+def pairs(run: Path) -> list[Pair]:
+    """Read a run's plan and its metrics.
+
+    Raises:
+        BadInput: As `compare`.
+    """
+    plan = read_json(run / PLAN)
+    if plan is None:
+        raise BadInput(f"compare={run} has no {PLAN}. Give the folder of a run that was trained.")
+    if "predicted" not in plan:
+        raise BadInput(
+            f"{run / PLAN} has no predictions: the run began with an older Kiln. Its next attempt "
+            "writes them."
+        )
+    rows = [row for row in read_rows(run / METRICS) if _RATE in row]
+    if not rows:
+        raise BadInput(f"{run} has logged no step yet. Compare it when it has.")
+    return list(_pairs(plan["predicted"], rows, _wall_h(rows)))
+
+
+def _pairs(
+    said: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], wall_h: float | None
+) -> Iterator[Pair]:
+    low, mid, high = said.get("images_per_s") or (None, None, None)
+    between = None if low is None or high is None else (low, high)
+    yield Pair("images/s", "", mid, _median(rows, _RATE), between)
+    yield Pair("MFU", "frac", said.get("mfu_frac"), _median(rows, "speed/mfu_frac"))
+    memory = [row["memory/peak_gib"] for row in rows if row.get("memory/peak_gib") is not None]
+    yield Pair("memory per rank", "GiB", said.get("memory_gib"), max(memory, default=None))
+    yield Pair("energy", "J/image", said.get("j_per_image"), _median(rows, "energy/j_per_image"))
+    yield Pair("wall time so far", "h", said.get("wall_h"), wall_h)
+
+
+def _wall_h(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    times = [row["time_unix_s"] for row in rows if "time_unix_s" in row]
+    return (max(times) - min(times)) / 3600 if len(times) > 1 else None
+
+
+def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """Of the later half: a run is slow while it begins."""
+    found = [row[key] for row in rows if row.get(key) is not None]
+    return median(found[len(found) // 2 :]) if found else None
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{float(f'{value:.3g}'):,.10g}"

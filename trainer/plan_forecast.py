@@ -1,0 +1,139 @@
+"""All predictions of a run together: what a page shows, and what RUN/plan.json keeps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slurm.history import Chapter, read_history
+from slurm.runfile import run_folders
+from trainer.config import TrainConfig
+from trainer.errors import BadInput
+from trainer.hardware import Accelerator
+from trainer.observe.carbon import Rate, rates
+from trainer.plan import Plan, make_plan
+from trainer.plan_memory import GIB, Memory, predict_memory
+from trainer.plan_needs import Failures, Needs, predict_needs
+from trainer.plan_options import fitting
+from trainer.plan_speed import Speed, accelerator_of, predict_speed
+
+RSC_MTTF_GPU_H = 7.9 * 1024
+"""Meta's research clusters: a failure every 7.9 hours of a job on 1,024 GPUs (Kokolis et al. 2024,
+arXiv 2410.21680)."""
+LEAST_FAILURES = 5
+"""So many in earlier runs say more than a published figure."""
+_S_PER_H = 3600.0
+_FAILURES = frozenset({"lost", "crashed", "stuck"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Of one run."""
+
+    plan: Plan
+    memory: Memory
+    speed: Speed | None
+    """None where nothing is known of the device, or of the network's speed on it."""
+    gpu: Accelerator | None
+    failures: Failures
+    needs: Needs | None
+    carbon: Rate | None
+    price: Rate | None
+
+
+def forecast(cfg: TrainConfig) -> Forecast:
+    """Predict all that can be.
+
+    Raises:
+        BadInput: The run cannot work; says with which value it would.
+    """
+    plan = check_memory(cfg)
+    memory = predict_memory(cfg, accumulation_steps=plan.accumulation_steps)
+    speed, gpu = predict_speed(cfg, accumulation_steps=plan.accumulation_steps), accelerator_of(cfg)
+    carbon, price = rates(cfg.accounts)
+    failures = failures_of(cfg, Path(cfg.run).parent)
+    needs = None
+    if speed is not None and gpu is not None:
+        needs = predict_needs(
+            cfg, speed, gpu, failures, steps=plan.total_steps, carbon=carbon, price=price
+        )
+    return Forecast(
+        plan=plan,
+        memory=memory,
+        speed=speed,
+        gpu=gpu,
+        failures=failures,
+        needs=needs,
+        carbon=carbon,
+        price=price,
+    )
+
+
+def check_memory(cfg: TrainConfig) -> Plan:
+    """Make a plan, and refuse a run whose activations do not fit.
+
+    Raises:
+        BadInput: They do not; says which stage and micro-batch would.
+    """
+    plan = make_plan(cfg)
+    memory = predict_memory(cfg, accumulation_steps=plan.accumulation_steps)
+    limit_gib = cfg.cluster.device_memory_gib
+    if memory.device_bytes <= limit_gib * GIB:
+        return plan
+    found = fitting(cfg)
+    raise BadInput(
+        f"batch.micro_batch_images={cfg.batch.micro_batch_images} takes "
+        f"{memory.device_bytes / GIB:.1f} GiB per rank, {memory.activations_bytes / GIB:.1f} of it "
+        f"activations, and cluster.device_memory_gib={limit_gib:g}. "
+        + (
+            f"Try {' '.join(found)}."
+            if found
+            else "No stage and no micro-batch of it fit: give it more memory, or a smaller model."
+        )
+    )
+
+
+def predictions(cfg: TrainConfig) -> dict[str, Any]:
+    """Say what can be compared with what is measured later, for RUN/plan.json."""
+    plan = make_plan(cfg)
+    memory = predict_memory(cfg, accumulation_steps=plan.accumulation_steps)
+    found: dict[str, Any] = {"memory_gib": memory.device_bytes / GIB}
+    if accelerator_of(cfg) is None:
+        return found
+    made = forecast(cfg)
+    if made.speed is not None and made.needs is not None:
+        rate, kwh = made.speed.images_per_s, made.needs.kwh.mid / cfg.accounts.pue
+        found |= {
+            "images_per_s": [rate.low, rate.mid, rate.high],
+            "mfu_frac": made.speed.mfu_frac.mid,
+            "j_per_image": kwh * 3.6e6 / (plan.total_steps * plan.images_per_step),
+            "wall_h": made.needs.wall_h.mid,
+        }
+    return found
+
+
+def failures_of(cfg: TrainConfig, runs: Path) -> Failures:
+    """Return what is stated, or measured in a runs folder, or published."""
+    stated = cfg.cluster.mttf_gpu_h
+    if stated is not None:
+        return Failures(stated, f"cluster.mttf_gpu_h={stated:g}, stated")
+    node_hours, found = measured_failures(runs)
+    if found >= LEAST_FAILURES:
+        gpu_hours = node_hours * cfg.cluster.ranks_per_node
+        words = f"{found} failures in {gpu_hours:,.0f} GPU h of the runs in {runs}"
+        return Failures(gpu_hours / found, words)
+    words = "7.9 h at 1,024 GPUs, published of Meta's clusters (arXiv 2410.21680)"
+    return Failures(RSC_MTTF_GPU_H, words)
+
+
+def measured_failures(runs: Path) -> tuple[float, int]:
+    """Return node hours and failures of the runs in a folder, from their attempts."""
+    node_hours, failures = 0.0, 0
+    for folder in run_folders(runs) if runs.is_dir() else ():
+        chapters = read_history(folder, goes_on=True)
+        node_hours += sum((each.lasted_s or 0.0) / _S_PER_H * len(each.nodes) for each in chapters)
+        failures += sum(map(_is_failure, chapters))
+    return node_hours, failures
+
+
+def _is_failure(chapter: Chapter) -> bool:
+    return chapter.end is not None and chapter.end.cause in _FAILURES

@@ -1,0 +1,156 @@
+"""Other ways to train the same run: a small grid of them, with the same models as the plan."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from trainer.config import TrainConfig
+from trainer.errors import BadInput
+from trainer.observe.carbon import Rate
+from trainer.plan_memory import (
+    GIB,
+    largest_micro_batch,
+    num_ranks,
+    predict_memory,
+    with_micro_batch,
+)
+from trainer.plan_needs import Failures, Needs, predict_needs
+from trainer.plan_speed import Speed, accelerator_of, predict_speed
+
+NUM_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way that fits."""
+
+    words: tuple[str, ...]
+    """What to type beside what was typed; empty for the run as it is."""
+    memory_gib: float
+    speed: Speed
+    needs: Needs
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Cheapest first: GPU hours, to three digits, then time, then what is typed."""
+        return float(f"{self.needs.gpu_hours.mid:.3g}"), self.needs.wall_h.mid
+
+
+def options(
+    cfg: TrainConfig,
+    failures: Failures,
+    *,
+    steps: int,
+    carbon: Rate | None = None,
+    price: Rate | None = None,
+) -> list[Option]:
+    """Try the grid; keep what fits, the cheapest first, each outcome once."""
+    gpu = accelerator_of(cfg)
+    found: dict[tuple[float, float], Option] = {}
+    for changed in _grid(cfg):
+        micros = cfg.batch.global_batch_images // (
+            changed.batch.micro_batch_images * num_ranks(changed)
+        )
+        memory = predict_memory(changed, accumulation_steps=micros)
+        if memory.device_bytes > changed.cluster.device_memory_gib * GIB:
+            continue
+        try:
+            speed = predict_speed(changed, accumulation_steps=micros)
+        except BadInput:  # several nodes, and nothing is known of their network
+            continue
+        if speed is None or gpu is None:
+            return []
+        needs = predict_needs(
+            changed, speed, gpu, failures, steps=steps, carbon=carbon, price=price
+        )
+        option = Option(
+            words=words_of(cfg, changed),
+            memory_gib=memory.device_bytes / GIB,
+            speed=speed,
+            needs=needs,
+        )
+        before = found.get(option.rank)
+        if before is None or len(option.words) < len(before.words):
+            found[option.rank] = option
+    return [found[rank] for rank in sorted(found)]
+
+
+def fitting(cfg: TrainConfig) -> tuple[str, ...] | None:
+    """Find the nearest run that fits: a smaller micro-batch, recomputing, then sharding more."""
+    engine = cfg.engine
+    stages = [stage for stage in _stages(cfg) if stage >= engine.zero_stage]
+    for stage, again in product(stages, sorted({engine.activation_checkpointing, True})):
+        changed = _with_engine(cfg, stage, checkpointing=again)
+        micro = largest_micro_batch(changed)
+        if micro is not None:
+            return words_of(cfg, with_micro_batch(changed, micro))
+    return None
+
+
+def words_of(cfg: TrainConfig, changed: TrainConfig) -> tuple[str, ...]:
+    """Say what to type to get from one run to another."""
+    pairs = (
+        ("cluster.num_nodes", cfg.cluster.num_nodes, changed.cluster.num_nodes),
+        (
+            "batch.micro_batch_images",
+            cfg.batch.micro_batch_images,
+            changed.batch.micro_batch_images,
+        ),
+        ("engine.zero_stage", cfg.engine.zero_stage, changed.engine.zero_stage),
+        (
+            "engine.activation_checkpointing",
+            cfg.engine.activation_checkpointing,
+            changed.engine.activation_checkpointing,
+        ),
+        ("data.latents", cfg.data.latents, changed.data.latents),
+    )
+    return tuple(f"{key}={str(new).lower()}" for key, old, new in pairs if old != new)
+
+
+def _grid(cfg: TrainConfig) -> Iterator[TrainConfig]:
+    nodes = cfg.cluster.num_nodes
+    counts = {nodes}
+    if cfg.cluster.kind == "slurm":
+        counts |= {max(1, nodes // 2), 2 * nodes}
+    least = (cfg.cluster.slurm.min_nodes or 1) if cfg.cluster.slurm else 1
+    kinds = sorted({"encoded", cfg.data.latents})
+    for count, stage, again, latents in product(
+        sorted(each for each in counts if each >= least), _stages(cfg), (False, True), kinds
+    ):
+        changed = _with_engine(cfg, stage, checkpointing=again)
+        changed = replace(
+            changed,
+            cluster=replace(cfg.cluster, num_nodes=count),
+            data=replace(cfg.data, latents=latents),
+        )
+        per_rank, rest = divmod(cfg.batch.global_batch_images, num_ranks(changed))
+        micro = 1
+        while not rest and micro <= per_rank:
+            if per_rank % micro == 0:
+                yield with_micro_batch(changed, micro)
+            micro *= 2
+
+
+def _stages(cfg: TrainConfig) -> tuple[int, ...]:
+    """List the stages that the rest of the config allows."""
+    if cfg.optim.kind == "adafactor":
+        return (0,)
+    if cfg.engine.offload == "all":
+        return (3,)
+    least = 1 if cfg.engine.precision != "fp32" or cfg.engine.offload != "none" else 0
+    return tuple(range(least, 3 if cfg.model.kind == "autoencoder_kl" else 4))
+
+
+def _with_engine(cfg: TrainConfig, stage: int, *, checkpointing: bool) -> TrainConfig:
+    engine = replace(
+        cfg.engine,
+        zero_stage=stage,  # type: ignore[arg-type]
+        activation_checkpointing=checkpointing,
+    )
+    return replace(cfg, engine=engine)
+
+
+def with_stages(cfg: TrainConfig) -> list[tuple[int, TrainConfig]]:
+    """Give the run at each stage that the rest of the config allows."""
+    again = cfg.engine.activation_checkpointing
+    return [(stage, _with_engine(cfg, stage, checkpointing=again)) for stage in _stages(cfg)]
