@@ -40,7 +40,7 @@ th { color: var(--soft); font-weight: 600; font-size: .82rem; }
 .txt { text-align: left; overflow-wrap: anywhere; }
 tfoot td { font-weight: 650; border-bottom: 0; }
 figure { margin: 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(27rem, 1fr));
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(27rem, 1fr));
   gap: 1.2rem; }
 @media (max-width: 34rem) { .charts { grid-template-columns: 1fr; } }
 .chart { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
@@ -95,5 +95,23 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 10p
 .b-init { background: #8a939c; } .b-restore { background: #b07aa1; }
 .b-drain { background: #c98b6b; } .b-lost_work { background: #d1495b; }
 .b-idle { background: #b9bfc6; } .b-queue { background: #5f6f82; }
+.band { fill: var(--faint); stroke: none; }
+figure[data-panel] svg { touch-action: pan-y; cursor: crosshair; }
+figure[data-panel] svg:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.cursor line { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
+.dot { fill: var(--accent); }
+.chosen { fill: var(--faint); }
+.readout { float: right; color: var(--ink); font-variant-numeric: tabular-nums; }
+#tools { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .3rem 1rem;
+  align-items: center; background: var(--page); border-bottom: 1px solid var(--rule);
+  padding: .5rem 0; font-size: .88rem; }
+#tools[hidden] { display: none; }
+#tools fieldset { display: flex; flex-wrap: wrap; gap: .1rem .7rem; border: 0; padding: 0;
+  margin: 0; min-width: 0; }
+#tools legend { float: left; padding: 0 .5rem 0 0; color: var(--soft); }
+#tools select, #tools button { font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--rule); border-radius: 6px; padding: .15rem .5rem; }
+#place { margin-left: auto; min-height: 1.5em; font-variant-numeric: tabular-nums; }
+@media print { #tools, .readout, .cursor { display: none; } }
 @media print { body { background: #fff; } main { max-width: none; } }
 """

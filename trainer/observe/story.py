@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from trainer.errors import BadInput
-from trainer.observe.evaluations import METRICS, evaluation_rows, training_rows
-from trainer.observe.jsonl import read_rows
+from trainer.observe.columns import Columns, read_metrics
+from trainer.observe.evaluations import METRICS, evaluation_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class Story:
     run_dir: Path
     config: Mapping[str, Any]
     plan: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    """One row per logged step, in order of steps: of a step done twice, the last."""
+    metrics: Columns
+    """A row per logged step, in order of steps: of a step done twice, the last."""
     evaluations: Sequence[Mapping[str, Any]] = ()
     """One row per evaluated step, in order of steps."""
     ledger: Sequence[Mapping[str, Any]]
@@ -77,13 +77,13 @@ def read_story(
             f"{run_dir} has no config.yaml, so it is no run directory. "
             "Give run= the folder that `kiln train` wrote."
         )
-    rows = read_rows(run_dir / METRICS)
+    metrics, evaluated = read_metrics(run_dir / METRICS)
     return Story(
         run_dir=run_dir,
         config=read_config(run_dir),
         plan=_read_json(run_dir / "plan.json"),
-        metrics=last_of_each_step(rows),
-        evaluations=evaluation_rows(run_dir, rows),
+        metrics=metrics,
+        evaluations=evaluation_rows(run_dir, evaluated),
         ledger=ledger,
         evaluation=_read_json(run_dir / "evaluation.json"),
         samples=_read_json(run_dir / "samples" / "index.json"),
@@ -100,19 +100,6 @@ def read_config(run_dir: Path) -> Mapping[str, Any]:
     except yaml.YAMLError as error:
         raise BadInput(f"{file} is not YAML: {error}. `kiln train` writes it anew.") from error
     return loaded if isinstance(loaded, dict) else {}
-
-
-def last_of_each_step(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Drop rows that a resume made obsolete: steps at or after one that was logged again later.
-
-    Rows of evaluations, which come later than training reached their step, are left out.
-    """
-    kept: list[Mapping[str, Any]] = []
-    for row in training_rows(rows):
-        while kept and kept[-1]["step"] >= row["step"]:
-            kept.pop()
-        kept.append(row)
-    return kept
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:
