@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from slurm.attempts import read_attempts
 from trainer.command import run_command
 from trainer.config_accounts import stated
 from trainer.config_tools import ReportConfig
@@ -39,6 +40,7 @@ def write_report(cfg: ReportConfig) -> int:
         ledger=run_account(run_dir, dataset_dir),
         dataset=None if dataset_dir is None else dataset_facts(dataset_dir),
         versions=_versions(),
+        endings=_endings(run_dir),
     )
     figures = _figures(cfg, story)
     page = Path(cfg.output) if cfg.output else run_dir / "report.html"
@@ -84,6 +86,10 @@ def dataset_facts(dataset_dir: Path) -> DatasetFacts | None:
 def _dataset_dir(cfg: ReportConfig) -> Path | None:
     named = cfg.dataset or read_config(Path(cfg.run)).get("data", {}).get("dataset")
     return place(named) if named else None
+
+
+def _endings(run_dir: Path) -> dict[int, str]:
+    return {each.number: each.end.cause for each in read_attempts(run_dir) if each.end}
 
 
 def _versions() -> dict[str, str]:

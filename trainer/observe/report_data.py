@@ -34,12 +34,12 @@ class Curves:
     low: Mapping[str, Floats]
     high: Mapping[str, Floats]
 
-    def points(self, key: str) -> list[Point]:
-        """Return (images seen, mean) of the bins that have the number."""
-        values = self.mean.get(key, np.empty(0))
-        there = np.isfinite(values)
-        pairs = zip(self.axes["images"][there], values[there], strict=True) if len(values) else ()
-        return [(float(x), float(y)) for x, y in pairs]
+    def points(self, key: str, axis: str = "images") -> list[Point]:
+        """Return (place on the axis, mean) of the bins that have both."""
+        if key not in self.mean:
+            return []
+        pairs = zip(self.axes[axis].tolist(), self.mean[key].tolist(), strict=True)
+        return [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
 
 
 def sections_of(story: Story) -> list[Section]:
@@ -107,13 +107,26 @@ def cumulative_joules(ledger: Iterable[Row], at_unix_s: Floats) -> Floats:
     if sum(joules.values()) <= 0:
         return np.full(len(at_unix_s), np.nan)
     begins = np.array([start for _, start in ends])
-    stops = np.maximum(np.array(list(ends.values())), begins + _AT_ONCE_S)
-    watts = np.array([joules[key] for key in ends]) / (stops - begins)
-    times, changes = np.concatenate((begins, stops)), np.concatenate((watts, -watts))
+    amounts = np.array([joules[key] for key in ends])
+    return spread(begins, np.array(list(ends.values())), amounts, at_unix_s)
+
+
+def spread(begins: Floats, stops: Floats, amounts: Floats, at: Floats) -> Floats:
+    """Return how much of amounts has come by some moments, each spread evenly over its span.
+
+    Args:
+        begins: Of the spans, in seconds.
+        stops: Of the spans; a span may have no length.
+        amounts: One of each span.
+        at: Moments, in seconds.
+    """
+    stops = np.maximum(stops, begins + _AT_ONCE_S)
+    rates = amounts / (stops - begins)
+    times, changes = np.concatenate((begins, stops)), np.concatenate((rates, -rates))
     order = np.argsort(times, kind="stable")
-    times, power = times[order], np.cumsum(changes[order])
-    spent = np.concatenate(([0.0], np.cumsum(power[:-1] * np.diff(times))))
-    return np.asarray(np.interp(at_unix_s, times, spent))
+    times, rate = times[order], np.cumsum(changes[order])
+    come = np.concatenate(([0.0], np.cumsum(rate[:-1] * np.diff(times))))
+    return np.asarray(np.interp(at, times, come))
 
 
 def _axes(story: Story, rows: Columns) -> dict[str, Floats]:

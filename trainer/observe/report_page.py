@@ -220,7 +220,16 @@ def _curves(story: Story) -> list[Html]:
 
 def _evaluation_charts(story: Story) -> list[Html]:
     section = evaluation_section(story.evaluations)
-    return [] if section is None else _charts(section.panels, evaluation_curves(story))
+    if section is None:
+        return []
+    curves = evaluation_curves(story)
+    first = section.panels[0]
+    against = line_chart(
+        f"{first.name} against energy",
+        [Line(curves.points(first.keys[0], axis="joules"), "bold")],
+        x_label="joules of training",
+    )
+    return [*_charts(section.panels, curves), *([against] if against else [])]
 
 
 def _samples(story: Story) -> list[Html]:

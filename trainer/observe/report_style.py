@@ -31,6 +31,8 @@ code { font: .88em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monosp
 .card span { color: var(--soft); font-size: .82rem; }
 .scroll { overflow-x: auto; }
 .wide table { width: 100%; }
+.wide .scroll table { min-width: 40rem; }
+section { scroll-margin-top: 4rem; }
 table { border-collapse: collapse; min-width: 24rem; font-variant-numeric: tabular-nums;
   font-size: .94rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule);
@@ -68,6 +70,15 @@ svg polyline.faint { stroke: var(--faint); stroke-width: 1.2; }
 .bar i { display: block; min-width: 1px; }
 .swatch { display: inline-block; width: .7rem; height: .7rem; border-radius: 3px;
   margin-right: .45rem; }
+.attempts { overflow-x: auto; }
+.attempts svg { min-width: 44rem; }
+.stacked { width: 55%; }
+.stack { display: flex; height: .8rem; border-radius: 3px; overflow: hidden; }
+.stack i { display: block; min-width: 1px; height: 100%; }
+.p-counter { background: #2a9d6f; } .p-rapl { background: #3a8fd1; }
+.p-power_integral { background: #7d6bd6; } .p-tdp_model { background: #e0a526; }
+.p-none { background: #8a939c; }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .84rem; color: var(--soft); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.6rem, 1fr));
   gap: 1rem; }
 .pictures.pairs { grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
@@ -89,12 +100,17 @@ summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
   padding: .9rem 1rem; overflow-x: auto; font: .84rem/1.5 ui-monospace, "DejaVu Sans Mono",
   Menlo, Consolas, monospace; }
-.b-productive { background: #2a9d6f; } .b-data_stall { background: #e0a526; }
-.b-encoding { background: #9aa83a; }
-.b-checkpoint_stall { background: #7d6bd6; } .b-evaluation { background: #3a8fd1; }
-.b-init { background: #8a939c; } .b-restore { background: #b07aa1; }
-.b-drain { background: #c98b6b; } .b-lost_work { background: #d1495b; }
-.b-idle { background: #b9bfc6; } .b-queue { background: #5f6f82; }
+.b-productive { background: #2a9d6f; fill: #2a9d6f; }
+.b-data_stall { background: #e0a526; fill: #e0a526; }
+.b-encoding { background: #9aa83a; fill: #9aa83a; }
+.b-checkpoint_stall { background: #7d6bd6; fill: #7d6bd6; }
+.b-evaluation { background: #3a8fd1; fill: #3a8fd1; }
+.b-init { background: #8a939c; fill: #8a939c; }
+.b-restore { background: #b07aa1; fill: #b07aa1; }
+.b-drain { background: #c98b6b; fill: #c98b6b; }
+.b-lost_work { background: #d1495b; fill: #d1495b; }
+.b-idle { background: #b9bfc6; fill: #b9bfc6; }
+.b-queue { background: #5f6f82; fill: #5f6f82; }
 .band { fill: var(--faint); stroke: none; }
 figure[data-panel] svg { touch-action: pan-y; cursor: crosshair; }
 figure[data-panel] svg:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }

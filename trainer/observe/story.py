@@ -12,6 +12,8 @@ from trainer.errors import BadInput
 from trainer.observe.columns import Columns, read_metrics
 from trainer.observe.evaluations import METRICS, evaluation_rows
 
+NO_ENDINGS: Mapping[int, str] = {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts:
@@ -41,6 +43,8 @@ class Story:
     """One row per evaluated step, in order of steps."""
     ledger: Sequence[Mapping[str, Any]]
     """The dataset's rows (prepare, encode), then the run's."""
+    endings: Mapping[int, str] = field(default_factory=dict)
+    """Why attempts of training ended, where a job wrote it down."""
     evaluation: Mapping[str, Any]
     samples: Mapping[str, Any]
     """`reconstructions` and `samples`; see docs of `kiln sample`."""
@@ -59,6 +63,7 @@ def read_story(
     ledger: Sequence[Mapping[str, Any]],
     dataset: DatasetFacts | None,
     versions: Mapping[str, str],
+    endings: Mapping[int, str] = NO_ENDINGS,
 ) -> Story:
     """Read a run directory.
 
@@ -67,6 +72,7 @@ def read_story(
         ledger: The rows of its account, after those of its dataset's.
         dataset: What became of the rows that went in.
         versions: Of what makes the report.
+        endings: Why attempts of training ended.
 
     Raises:
         BadInput: It is no run directory, or one of its files is damaged.
@@ -85,6 +91,7 @@ def read_story(
         metrics=metrics,
         evaluations=evaluation_rows(run_dir, evaluated),
         ledger=ledger,
+        endings=endings,
         evaluation=_read_json(run_dir / "evaluation.json"),
         samples=_read_json(run_dir / "samples" / "index.json"),
         dataset=dataset,

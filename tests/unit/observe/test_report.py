@@ -38,7 +38,7 @@ def test_a_whole_run_is_told(tmp_path):
     assert re.findall(r'<section id="(\w+)">', html) == SECTIONS
     assert "not there yet" not in html
     assert html.count("<img ") == 3 * len(CAPTIONS)
-    assert html.count("<svg ") == 3
+    assert html.count("<svg ") == 4
     assert "The account does not close" not in html
     for number in ("4,680 of 5,000 rows", "12,800 images", "91.0 %, against 3.0 % by chance"):
         assert number in html
