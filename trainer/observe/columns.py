@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json as pj
 
 from trainer.observe.evaluations import is_evaluation
@@ -16,12 +17,13 @@ from trainer.observe.jsonl import read_rows
 Floats = npt.NDArray[np.float64]
 Row = Mapping[str, Any]
 
-_BLOCK_BYTES = 4 << 20
+_PIECE_BYTES, _BLOCK_BYTES = 64 << 20, 4 << 20
+"""What is in memory as text, and what one thread parses of it."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Numbers of rows, by key; NaN where a row has none."""
+    """Numbers of rows, by key; NaN where a row has none, and each key has some number."""
 
     by_key: Mapping[str, Floats] = field(default_factory=dict)
 
@@ -41,8 +43,8 @@ class Columns:
 
     def newest(self) -> dict[str, float]:
         """Return the last number of each key."""
-        found = {key: values[np.isfinite(values)] for key, values in self.by_key.items()}
-        return {key: float(values[-1]) for key, values in found.items() if len(values)}
+        backwards = {key: values[::-1] for key, values in self.by_key.items()}
+        return {key: float(v[np.isfinite(v).argmax()]) for key, v in backwards.items()}
 
 
 def read_metrics(path: Path) -> tuple[Columns, list[dict[str, Any]]]:
@@ -55,16 +57,12 @@ def read_metrics(path: Path) -> tuple[Columns, list[dict[str, Any]]]:
     Raises:
         BadInput: A line in the middle is not a JSON object.
     """
-    table = _read_table(path)
-    if table is None:
+    try:
+        training, evaluations = _read_fast(path) if path.exists() else (Columns(), [])
+    except pa.ArrowException:  # a slower reader can do more, and says which line is wrong
         rows = read_rows(path)
         evaluations = [row for row in rows if is_evaluation(row)]
         training = columns_of([row for row in rows if not is_evaluation(row)])
-    else:
-        of_evaluation = _has_any(table, [k for k in table.column_names if is_evaluation({k: 0})])
-        found = table.filter(pa.array(of_evaluation)).to_pylist()
-        evaluations = [{k: v for k, v in row.items() if v is not None} for row in found]
-        training = Columns(dict(_numbers(table))).where(~of_evaluation)
     return training.where(last_of_each_step(training["step"])), evaluations
 
 
@@ -85,37 +83,43 @@ def last_of_each_step(steps: Floats) -> npt.NDArray[np.bool_]:
     return np.asarray(steps < later_least[: len(steps)])
 
 
-def _read_table(path: Path) -> Any | None:  # noqa: ANN401 - pyarrow has no types
-    """Read whole lines; None where Arrow cannot, so that a slower reader says what is wrong."""
-    if not path.exists() or path.stat().st_size == 0:
-        return None
-    with pa.memory_map(str(path)) as file:
-        data = file.read_buffer()
-        whole_bytes = _end_of_lines(data)
-        if not whole_bytes:
-            return None
-        options = pj.ReadOptions(block_size=_BLOCK_BYTES)
-        try:
-            return pj.read_json(pa.BufferReader(data.slice(0, whole_bytes)), read_options=options)
-        except pa.ArrowInvalid:
-            return None
+def _read_fast(path: Path) -> tuple[Columns, list[dict[str, Any]]]:
+    parts: list[Columns] = []
+    evaluations: list[dict[str, Any]] = []
+    for lines in _pieces(path):
+        table = pj.read_json(
+            pa.py_buffer(lines), read_options=pj.ReadOptions(block_size=_BLOCK_BYTES)
+        )
+        of_evaluation = _has_any(table, [k for k in table.column_names if is_evaluation({k: 0})])
+        for idx in np.flatnonzero(of_evaluation).tolist():
+            (row,) = table.slice(idx, 1).to_pylist()
+            evaluations.append({key: value for key, value in row.items() if value is not None})
+        parts.append(Columns(dict(_numbers(table))).where(~of_evaluation))
+    return _joined(parts), evaluations
 
 
-def _end_of_lines(data: Any) -> int:  # noqa: ANN401 - pyarrow has no types
-    end = len(data)
-    while end > 0:
-        start = max(0, end - 65536)
-        newline = data.slice(start, end - start).to_pybytes().rfind(b"\n")
-        if newline >= 0:
-            return int(start + newline + 1)
-        end = start
-    return 0
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Yield whole lines, some megabytes at a time."""
+    with path.open("rb") as file:
+        rest = b""
+        while piece := file.read(_PIECE_BYTES):
+            lines, newline, after = piece.rpartition(b"\n")
+            if newline:
+                yield rest + lines + newline
+                rest = after
+            else:
+                rest += piece
+
+
+def _joined(parts: Sequence[Columns]) -> Columns:
+    keys = dict.fromkeys(key for part in parts for key in part.by_key)
+    return Columns({key: np.concatenate([part[key] for part in parts]) for key in keys})
 
 
 def _has_any(table: Any, keys: Sequence[str]) -> npt.NDArray[np.bool_]:  # noqa: ANN401
     found = np.zeros(table.num_rows, bool)
     for key in keys:
-        found |= table[key].is_valid().to_numpy()
+        found |= _array(table[key].is_valid()) > 0
     return found
 
 
@@ -123,7 +127,13 @@ def _numbers(table: Any) -> Iterator[tuple[str, Floats]]:  # noqa: ANN401
     for key in table.column_names:
         kind = table.schema.field(key).type
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-            yield key, table[key].cast(pa.float64()).to_numpy()
+            yield key, _array(table[key])
+
+
+def _array(column: Any) -> Floats:  # noqa: ANN401
+    # By DLPack, for to_numpy imports pandas where that is installed: a second.
+    filled = pc.fill_null(column.cast(pa.float64()), np.nan)
+    return np.concatenate([np.from_dlpack(chunk) for chunk in filled.chunks])
 
 
 def _number(value: object) -> float:

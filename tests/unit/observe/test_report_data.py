@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.observed_run import STEPS, Model, Now, metrics_row, write_run
 from trainer.errors import BadInput
+from trainer.observe import columns
 from trainer.observe.columns import columns_of, last_of_each_step, read_metrics
 from trainer.observe.html import Script
 from trainer.observe.ledger import read_account
@@ -117,3 +118,15 @@ def test_the_page_gets_plain_json_that_cannot_end_its_element(tmp_path):
     (text, _) = Script("0", {"name": "</script><!--"}).elements()
     assert text.count("<") == 2
     assert json.loads(text[text.index(">") + 1 : text.rindex("<")])["name"] == "</script><!--"
+
+
+def test_rows_over_many_pieces_are_all_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "_PIECE_BYTES", 1000)
+    file = tmp_path / "metrics.jsonl"
+    rows = [metrics_row(step, 0, float(step)) for step in range(1, 101)]
+    rows[50]["energy/w"] = 3  # a key that comes late, and goes
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 101')
+    training, _ = read_metrics(file)
+    assert training["step"].tolist() == list(range(1, 101))
+    assert training["train/loss"].tolist() == [row["train/loss"] for row in rows]
+    assert np.flatnonzero(np.isfinite(training["energy/w"])).tolist() == [50]
