@@ -188,3 +188,31 @@ def test_a_run_may_be_called_anything(browser, tmp_path):
     assert browser.get_log("browser") == []
     assert name in browser.title
     assert browser.find_element("id", "axis").is_displayed()
+
+
+@pytest.fixture
+def comparison(browser, tmp_path):
+    runs = [str(write_run(tmp_path / name)) for name in ("calm", "stormy")]
+    page = tmp_path / "comparison.html"
+    write_report(ReportConfig(run=tuple(runs), dataset=None, output=str(page)))
+    browser.get(page.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+
+
+def test_runs_lie_over_each_other_and_each_can_be_left_out(comparison):
+    move_to(comparison, SPEED, 0.5).perform()
+    value = metrics_row(step_told(comparison), 0, 0.0)[SPEED]
+    names = [word.split(": ") for word in told(comparison, SPEED).split(" · ")]
+    assert [name for name, _ in names] == ["calm/scenes", "stormy/scenes"]
+    assert all(float(number) == pytest.approx(value, rel=1e-5) for _, number in names)
+    lines = "figure[data-panel] polyline.bold"
+    colours = {
+        line.value_of_css_property("stroke")
+        for line in comparison.find_elements("css selector", lines)
+    }
+    assert len(colours) == 2
+    comparison.find_elements("css selector", "#runs input")[0].click()
+    shown = comparison.find_elements("css selector", lines)
+    assert {line.value_of_css_property("stroke") for line in shown} < colours
+    assert len({line.value_of_css_property("stroke") for line in shown}) == 1

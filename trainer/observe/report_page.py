@@ -88,7 +88,7 @@ def _summary(story: Story, numbers: Numbers) -> list[Html]:
     return [
         tag("h1", story.name),
         tag("p", " ".join(_sentences(story, numbers)), class_="lead"),
-        cards(_cards(numbers)),
+        cards(headline_cards(numbers)),
     ]
 
 
@@ -117,7 +117,8 @@ def _sentences(story: Story, numbers: Numbers) -> Iterator[str]:
         yield f"{score_label(name).capitalize()}: {score_text(name, value)}{against}."
 
 
-def _cards(numbers: Numbers) -> Iterator[tuple[str, str]]:
+def headline_cards(numbers: Numbers) -> Iterator[tuple[str, str]]:
+    """Yield the (name, value) pairs that come first."""
     yield "steps", f"{numbers.steps:,}"
     yield "images seen", f"{numbers.images:,}"
     if numbers.train.seconds:

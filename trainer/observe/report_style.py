@@ -116,6 +116,19 @@ figure[data-panel] svg { touch-action: pan-y; cursor: crosshair; }
 figure[data-panel] svg:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .cursor line { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
 .dot { fill: var(--accent); }
+.run0 { --own: #2f7ed8; }
+.run1 { --own: #d9730d; }
+.run2 { --own: #2a9d6f; }
+.run3 { --own: #c0398b; }
+.run4 { --own: #7d6bd6; }
+.run5 { --own: #9a8a1f; }
+.run6 { --own: #3aa6b9; }
+.run7 { --own: #b5533c; }
+[class*="run"].swatch { background: var(--own); }
+svg polyline[class*="run"] { stroke: var(--own); }
+svg polyline.faint[class*="run"] { stroke-opacity: .35; }
+.band[class*="run"] { fill: var(--own); fill-opacity: .18; }
+.dot[class*="run"] { fill: var(--own); }
 .chosen { fill: var(--faint); }
 .readout { float: right; color: var(--ink); font-variant-numeric: tabular-nums; }
 #tools { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .3rem 1rem;
