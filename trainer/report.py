@@ -16,8 +16,10 @@ from trainer.observe.carbon import rates
 from trainer.observe.figure_words import known_text, value_text
 from trainer.observe.figures import Figures, derive, work_on
 from trainer.observe.report_compare import Told, render_several
+from trainer.observe.report_data import Data, page_data
 from trainer.observe.report_numbers import images_seen
 from trainer.observe.report_page import render
+from trainer.observe.report_serve import PageServer, state_of
 from trainer.observe.story import DatasetFacts, Story, read_config, read_story
 from trainer.place import place
 from trainer.run_account import run_account
@@ -29,7 +31,39 @@ _PACKAGES = ("kiln", "torch", "deepspeed", "diffusers", "transformers", "img2dat
 
 def main(argv: Sequence[str]) -> int:
     """`kiln report run=RUN_DIR`."""
-    return run_command(write_report, ReportConfig, "report", argv)
+    words = ["serve=true" if word == "--serve" else word for word in argv]
+    return run_command(run, ReportConfig, "report", words)
+
+
+def run(cfg: ReportConfig) -> int:
+    """Write the page, or serve it."""
+    return serve_report(cfg) if cfg.serve else write_report(cfg)
+
+
+def serve_report(cfg: ReportConfig) -> int:
+    """Serve the page until interrupted."""
+    tell(cfg)
+    with report_server(cfg) as server:
+        try:
+            log.info("the report is at %s; Ctrl-C stops it", server.url)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            log.info("stopped")
+    return 0
+
+
+def report_server(cfg: ReportConfig) -> PageServer:
+    """Make a server that reads the runs anew for each answer."""
+
+    def page() -> str:
+        told = tell(cfg)
+        return page_of(told, state_of([story for story, _ in told]))
+
+    def data() -> Data:
+        stories = [story for story, _ in tell(cfg)]
+        return page_data(stories, state_of(stories))
+
+    return PageServer(cfg.port, page, data)
 
 
 def write_report(cfg: ReportConfig) -> int:
@@ -59,8 +93,7 @@ def tell(cfg: ReportConfig) -> list[Told]:
     if not runs:
         raise BadInput("run=[] names no run. Give run= a folder, or several as run=[A,B].")
     told = []
-    for run in runs:
-        run_dir = Path(run)
+    for run_dir in map(Path, runs):
         dataset_dir = _dataset_dir(cfg, run_dir)
         story = read_story(
             run_dir,

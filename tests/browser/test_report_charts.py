@@ -2,14 +2,17 @@
 
 import json
 import re
+import threading
 
 import pytest
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import ActionChains, Keys
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from tests.browser.chromium import brightness
 from tests.observed_run import IMAGES_PER_STEP, STEPS, metrics_row, write_run
-from trainer.report import ReportConfig, write_report
+from trainer.observe.evaluations import hold_metrics
+from trainer.report import ReportConfig, report_server, write_report
 
 pytestmark = pytest.mark.browser
 
@@ -216,3 +219,32 @@ def test_runs_lie_over_each_other_and_each_can_be_left_out(comparison):
     shown = comparison.find_elements("css selector", lines)
     assert {line.value_of_css_property("stroke") for line in shown} < colours
     assert len({line.value_of_css_property("stroke") for line in shown}) == 1
+
+
+def test_a_live_page_shows_new_rows_and_says_when_the_run_is_finished(browser, tmp_path):
+    run = write_run(tmp_path)
+    cfg = ReportConfig(run=str(run), dataset=None, output=None)
+    file = run / "metrics.jsonl"
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(rows[:-20]))
+
+    def status():
+        return browser.find_element("id", "status").text
+
+    def last_step():
+        chart(browser, LOSS).send_keys(Keys.END)
+        return step_told(browser)
+
+    with report_server(cfg) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        wait = WebDriverWait(browser, 60, ignored_exceptions=[WebDriverException, TypeError])
+        with hold_metrics(run):
+            browser.get(server.url)
+            wait.until(lambda _: status() == "live")
+            assert last_step() == STEPS - 20
+            with file.open("a") as more:
+                more.write("".join(rows[-20:]))
+            wait.until(lambda _: last_step() == STEPS)
+        wait.until(lambda _: status() == "the run is finished")
+        server.shutdown()
+    assert browser.get_log("browser") == []

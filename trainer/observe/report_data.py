@@ -83,12 +83,17 @@ def page_data(stories: Sequence[Story], state: str) -> Data:
             of = "evaluation" if section.name == "Evaluation" else "training"
             for panel in section.panels:
                 panels.setdefault(panel.keys[0], _panel(panel, of))
-    return {
-        "state": state,
-        "frame": FRAME,
-        "panels": list(panels.values()),
-        "runs": [_run(story, panels.values()) for story in stories],
-    }
+    runs = [_run(story, panels.values()) for story in stories]
+    for each in panels.values():
+        each["drawn"] = any(_has_two_points(run[each["of"]], each["id"]) for run in runs)
+    return {"state": state, "frame": FRAME, "panels": list(panels.values()), "runs": runs}
+
+
+def _has_two_points(curves: Data, key: str) -> bool:
+    """Whether there is a curve to draw, not a dot."""
+    values = curves["values"].get(key, {"mean": []})["mean"]
+    places = zip(curves["axes"]["images"], values, strict=False)
+    return len({x for x, y in places if x is not None and y is not None}) >= 2
 
 
 def cumulative_joules(ledger: Iterable[Row], at_unix_s: Floats) -> Floats:
