@@ -70,6 +70,7 @@ svg polyline.faint { stroke: var(--faint); stroke-width: 1.2; }
 .bar i { display: block; min-width: 1px; }
 .swatch { display: inline-block; width: .7rem; height: .7rem; border-radius: 3px;
   margin-right: .45rem; }
+.chart img { max-width: 100%; height: auto; }
 .attempts { overflow-x: auto; }
 .attempts svg { min-width: 44rem; }
 .stacked { width: 55%; }
