@@ -296,12 +296,16 @@ class DashboardConfig:
 class ReportConfig:
     """`kiln report`."""
 
-    run: str
-    """Run directory, as `kiln train` wrote it."""
+    run: str | tuple[str, ...]
+    """Run directory, as `kiln train` wrote it; [A,B] compares runs."""
     dataset: str | None
-    """Dataset folder; null: the one that the run's config.yaml names."""
+    """Dataset folder; null: the one that each run's config.yaml names."""
     output: str | None
-    """The page; null: report.html in the run directory."""
+    """The page; null: report.html in the run directory; of several the first's comparison.html."""
+    serve: bool = False
+    """Serve the page on this machine alone, and renew it while the run goes on; writes no file."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """To serve on; 0 is any free one."""
     accounts: Mapping[str, str | float | None] = Field(default_factory=dict)
     """What figures assume, instead of the run's own `accounts`, key by key as `kiln train --help`
     explains them; null leaves the run's."""

@@ -48,7 +48,18 @@ CONFIGS: Mapping[str, type] = {
 }
 _PROCESSES, _THREADS = {"prepare", "dedup"}, {"encode", "evaluate", "sample"}
 # What the pipeline decides, or what makes no sense in one.
-_NOT_WORDS = {"parts", "part", "recheck", "retry", "dry_run", "processes", "device", "cluster"}
+_NOT_WORDS = {
+    "parts",
+    "part",
+    "recheck",
+    "retry",
+    "dry_run",
+    "processes",
+    "device",
+    "cluster",
+    "serve",
+    "port",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from slurm.attempts import read_attempts
 from trainer.command import run_command
 from trainer.config_accounts import stated
 from trainer.config_tools import ReportConfig
@@ -14,8 +15,11 @@ from trainer.errors import BadInput
 from trainer.observe.carbon import rates
 from trainer.observe.figure_words import known_text, value_text
 from trainer.observe.figures import Figures, derive, work_on
+from trainer.observe.report_compare import Told, render_several
+from trainer.observe.report_data import Data, page_data
 from trainer.observe.report_numbers import images_seen
 from trainer.observe.report_page import render
+from trainer.observe.report_serve import PageServer, state_of
 from trainer.observe.story import DatasetFacts, Story, read_config, read_story
 from trainer.place import place
 from trainer.run_account import run_account
@@ -27,29 +31,87 @@ _PACKAGES = ("kiln", "torch", "deepspeed", "diffusers", "transformers", "img2dat
 
 def main(argv: Sequence[str]) -> int:
     """`kiln report run=RUN_DIR`."""
-    return run_command(write_report, ReportConfig, "report", argv)
+    words = ["serve=true" if word == "--serve" else word for word in argv]
+    return run_command(run, ReportConfig, "report", words)
+
+
+def run(cfg: ReportConfig) -> int:
+    """Write the page, or serve it."""
+    return serve_report(cfg) if cfg.serve else write_report(cfg)
+
+
+def serve_report(cfg: ReportConfig) -> int:
+    """Serve the page until interrupted."""
+    tell(cfg)
+    with report_server(cfg) as server:
+        try:
+            log.info("the report is at %s; Ctrl-C stops it", server.url)
+            server.serve_forever()
+        except KeyboardInterrupt:
+            log.info("stopped")
+    return 0
+
+
+def report_server(cfg: ReportConfig) -> PageServer:
+    """Make a server that reads the runs anew for each answer."""
+
+    def page() -> str:
+        told = tell(cfg)
+        return page_of(told, state_of([story for story, _ in told]))
+
+    def data() -> Data:
+        stories = [story for story, _ in tell(cfg)]
+        return page_data(stories, state_of(stories))
+
+    return PageServer(cfg.port, page, data)
 
 
 def write_report(cfg: ReportConfig) -> int:
     """Write the page and say where it is."""
-    run_dir = Path(cfg.run)
-    dataset_dir = _dataset_dir(cfg)
-    story = read_story(
-        run_dir,
-        ledger=run_account(run_dir, dataset_dir),
-        dataset=None if dataset_dir is None else dataset_facts(dataset_dir),
-        versions=_versions(),
-    )
-    figures = _figures(cfg, story)
-    page = Path(cfg.output) if cfg.output else run_dir / "report.html"
+    told = tell(cfg)
+    name = "report.html" if len(told) == 1 else "comparison.html"
+    page = Path(cfg.output) if cfg.output else told[0][0].run_dir / name
     partial = page.with_name(f"{page.name}.partial")
-    partial.write_text(render(story, figures), encoding="utf-8")
+    partial.write_text(page_of(told), encoding="utf-8")
     partial.replace(page)
     log.info("report: %s", page)
-    gross = figures.by_key.get("gross_energy_per_image")
-    if gross is not None:
-        log.info("energy: %s, %s", value_text(gross), known_text(gross.known_by))
+    for story, figures in told:
+        gross = figures.by_key.get("gross_energy_per_image")
+        if gross is not None:
+            of = f" of {story.name}" if len(told) > 1 else ""
+            log.info("energy%s: %s, %s", of, value_text(gross), known_text(gross.known_by))
     return 0
+
+
+def tell(cfg: ReportConfig) -> list[Told]:
+    """Read the runs, and derive the figures of their accounts.
+
+    Raises:
+        BadInput: A folder is no run, or a file is damaged.
+    """
+    runs = [cfg.run] if isinstance(cfg.run, str) else cfg.run
+    if not runs:
+        raise BadInput("run=[] names no run. Give run= a folder, or several as run=[A,B].")
+    told = []
+    for run_dir in map(Path, runs):
+        dataset_dir = _dataset_dir(cfg, run_dir)
+        story = read_story(
+            run_dir,
+            ledger=run_account(run_dir, dataset_dir),
+            dataset=None if dataset_dir is None else dataset_facts(dataset_dir),
+            versions=_versions(),
+            endings=_endings(run_dir),
+        )
+        told.append((story, _figures(cfg, story)))
+    return told
+
+
+def page_of(told: Sequence[Told], live_state: str | None = None) -> str:
+    """Return the page of one run, or of several."""
+    if len(told) > 1:
+        return render_several(told, live_state=live_state)
+    ((story, figures),) = told
+    return render(story, figures, live_state=live_state)
 
 
 def _figures(cfg: ReportConfig, story: Story) -> Figures:
@@ -81,9 +143,13 @@ def dataset_facts(dataset_dir: Path) -> DatasetFacts | None:
     )
 
 
-def _dataset_dir(cfg: ReportConfig) -> Path | None:
-    named = cfg.dataset or read_config(Path(cfg.run)).get("data", {}).get("dataset")
+def _dataset_dir(cfg: ReportConfig, run_dir: Path) -> Path | None:
+    named = cfg.dataset or read_config(run_dir).get("data", {}).get("dataset")
     return place(named) if named else None
+
+
+def _endings(run_dir: Path) -> dict[int, str]:
+    return {each.number: each.end.cause for each in read_attempts(run_dir) if each.end}
 
 
 def _versions() -> dict[str, str]:

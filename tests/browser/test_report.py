@@ -1,57 +1,15 @@
 import json
-import os
-import shutil
-from pathlib import Path
 
 import pytest
-from selenium import webdriver
 
-from tests.observed_run import CAPTIONS, write_run
-from trainer.report import ReportConfig, write_report
+from tests.browser.chromium import brightness
+from tests.observed_run import CAPTIONS
 
 pytestmark = pytest.mark.browser
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--window-size=1100,1400")  # fmt: skip
 ASKED = "return performance.getEntriesByType('resource').map(e => e.name)"
 SEEN = """return [...document.images].map(i =>
     [i.alt, i.naturalWidth, i.checkVisibility(), i.getBoundingClientRect().width])"""
-
-
-def open_chromium(profile: Path, *flags: str):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        reason = "needs the Debian packages chromium and chromium-driver"
-        assert os.environ.get("CI") != "true", reason
-        pytest.skip(reason)
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, *flags, f"--user-data-dir={profile}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # Both programs are named, so that selenium looks for none on the network.
-    service = webdriver.ChromeService(executable_path=driver)
-    return webdriver.Chrome(options=options, service=service)
-
-
-@pytest.fixture
-def report(tmp_path):
-    run = write_run(tmp_path / "made")
-    write_report(ReportConfig(run=str(run), dataset=None, output=None))
-    return run / "report.html"
-
-
-@pytest.fixture
-def browser(tmp_path):
-    chromium = open_chromium(tmp_path / "profile")
-    yield chromium
-    chromium.quit()
-
-
-def brightness(browser, selector, style):
-    script = f"return getComputedStyle(document.querySelector('{selector}')).{style}"
-    return sum(int(part) for part in browser.execute_script(script)[4:-1].split(",")[:3]) / 3
 
 
 def test_a_browser_shows_all_of_the_report(browser, report):

@@ -62,7 +62,7 @@ def totals(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, Bucket], Total]
         rows: Of one or several ledgers, each in the order it was written.
     """
     sums: defaultdict[tuple[str, Bucket], Total] = defaultdict(Total)
-    for row, bucket, seconds, joules in _attributed(rows):
+    for row, bucket, seconds, joules in attributed(rows):
         sums[row["stage"], bucket].add(seconds, joules, row["provenance"])
     order = list(Bucket)
     stages = list(dict.fromkeys(row["stage"] for row in rows))
@@ -77,11 +77,24 @@ def lost_work(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, int], T
         rows: As in `totals`.
     """
     lost: defaultdict[tuple[str, int, int], Total] = defaultdict(Total)
-    for row, bucket, seconds, joules in _attributed(rows):
+    for row, bucket, seconds, joules in attributed(rows):
         own = lost[row["stage"], row["attempt"], row["rank"]]
         if bucket is Bucket.LOST_WORK:
             own.add(seconds, joules, row["provenance"])
     return dict(lost)
+
+
+def attributed(
+    rows: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[Mapping[str, Any], Bucket, float, float]]:
+    """Yield (row, bucket, seconds, joules): what of a row belongs where in the end."""
+    lost_fracs = _lost_fracs(rows)
+    for row in rows:
+        bucket = Bucket(row["bucket"])
+        lost_frac = lost_fracs[_interval(row)] if bucket is Bucket.PRODUCTIVE else 0.0
+        for target, frac in ((bucket, 1 - lost_frac), (Bucket.LOST_WORK, lost_frac)):
+            if frac > 0:
+                yield row, target, row["seconds"] * frac, row["joules"] * frac
 
 
 def combined(parts: Iterable[Total]) -> Total:
@@ -109,19 +122,6 @@ def close_check(rows: Sequence[Mapping[str, Any]]) -> list[Closure]:
         )
         for (stage, rank, attempt), seconds_at in periods.items()
     ]
-
-
-def _attributed(
-    rows: Sequence[Mapping[str, Any]],
-) -> Iterator[tuple[Mapping[str, Any], Bucket, float, float]]:
-    """Yield (row, bucket, seconds, joules): what of a row belongs where in the end."""
-    lost_fracs = _lost_fracs(rows)
-    for row in rows:
-        bucket = Bucket(row["bucket"])
-        lost_frac = lost_fracs[_interval(row)] if bucket is Bucket.PRODUCTIVE else 0.0
-        for target, frac in ((bucket, 1 - lost_frac), (Bucket.LOST_WORK, lost_frac)):
-            if frac > 0:
-                yield row, target, row["seconds"] * frac, row["joules"] * frac
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[Any, ...]:

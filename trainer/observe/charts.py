@@ -12,6 +12,8 @@ WIDE_PX, PLAIN_PX = 960, 470
 _HEIGHT_PX = 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 42
 _MOST_POINTS = 360
+FRAME = {"left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM, "height": _HEIGHT_PX}
+"""What a chart leaves around its curves, and its height, for those who draw into it again."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ def line_chart(
     x_label: str,
     from_zero: bool = False,
     width_px: int = PLAIN_PX,
+    **attributes: str,
 ) -> Html | None:
     """Draw curves over a common x axis; None when there are fewer than two points to draw.
 
@@ -53,6 +56,7 @@ def line_chart(
         x_label: Name and unit of the x axis.
         from_zero: Whether the y axis must show 0.
         width_px: Width at which text has its natural size.
+        attributes: Of the figure.
     """
     thinned = [Line(thin(line.points), line.style) for line in lines]
     points = [point for line in thinned for point in line.points]
@@ -75,6 +79,7 @@ def line_chart(
         tag("figcaption", title),
         svg,
         class_="chart wide" if width_px == WIDE_PX else "chart",
+        **attributes,
     )
 
 

@@ -1,15 +1,44 @@
 """Write HTML from Python: text is escaped unless it already is markup."""
 
 import base64
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 _MEDIA = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
 
 # A page may show what is in it and ask for nothing; the browser enforces it.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class Script:
+    """The one script that a page may run, and what it works on."""
+
+    code: str
+    data: Any
+    """Plain JSON, in the element `curves`."""
+    may_ask: bool = False
+    """Whether it may ask the server that the page came from."""
+
+    @property
+    def policy(self) -> str:
+        """What the page's policy allows for it."""
+        digest = base64.b64encode(hashlib.sha256(self.code.encode()).digest()).decode()
+        return f"; script-src 'sha256-{digest}'" + ("; connect-src 'self'" if self.may_ask else "")
+
+    def elements(self) -> list["Html"]:
+        """Write the data, in which no `<` can end the element, and the code after it."""
+        text = json.dumps(self.data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+        return [
+            Html(f'<script type="application/json" id="curves">{text}</script>'),
+            Html(f"<script>{self.code}</script>"),
+        ]
 
 
 class Html(str):
@@ -78,24 +107,27 @@ def image(content: bytes, *, media: str, alt: str) -> Html:
     return Html(f'<img src="data:{media};base64,{data}" alt="{escape(alt)}">')
 
 
-def page(title: str, *sections: Content, style: str) -> str:
+def page(title: str, *sections: Content, style: str, script: Script | None = None) -> str:
     """Make a whole page of one file that asks the network for nothing.
 
     Args:
         title: What the browser's tab says.
         sections: What stands in `main`.
         style: The style sheet.
+        script: The one that it may run, at its end.
     """
+    policy = _POLICY + (script.policy if script else "")
+    at_end = script.elements() if script else []
     head = tag(
         "head",
         Html('<meta charset="utf-8">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Html('<link rel="icon" href="data:,">'),
         tag("title", title),
         tag("style", Html(style)),
     )
-    html = tag("html", head, tag("body", tag("main", *sections)), lang="en")
+    html = tag("html", head, tag("body", tag("main", *sections), *at_end), lang="en")
     return f"<!doctype html>\n{html}\n"
 
 

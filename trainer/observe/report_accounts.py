@@ -8,6 +8,7 @@ from trainer.observe.figure_words import HEAD, figure_rows, joules_text, known_t
 from trainer.observe.figures import Figures
 from trainer.observe.html import Html, absent, join, table, tag
 from trainer.observe.ledger import Bucket
+from trainer.observe.report_ledger import attempt_rows, energy_bars
 from trainer.observe.report_numbers import duration, in_joules
 from trainer.observe.story import Story
 
@@ -35,7 +36,8 @@ def accounts(story: Story, figures: Figures) -> list[Html]:
     for stage in dict.fromkeys(stage for stage, _ in sums):
         buckets = {bucket: total for (of, bucket), total in sums.items() if of == stage}
         parts += [tag("h3", stage.capitalize()), _bar(buckets), _bucket_table(buckets)]
-    return [*parts, _closing(story)]
+        parts += energy_bars(buckets)
+    return [*parts, *attempt_rows(story), _closing(story)]
 
 
 def _bar(buckets: Mapping[Bucket, Total]) -> Html:

@@ -1,11 +1,13 @@
 """Derive the report's headline numbers from a run's story."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from trainer.observe.accounts import Total, combined
-from trainer.observe.charts import Point
+from trainer.observe.columns import Columns
 from trainer.observe.ledger import Bucket
 from trainer.observe.progress import in_words
 from trainer.observe.story import Story
@@ -30,7 +32,7 @@ class Numbers:
 
 def images_seen(story: Story) -> int:
     """Return how many images the run's last logged step had trained on."""
-    return int(story.metrics[-1].get("images_seen", 0)) if story.metrics else 0
+    return int(story.metrics.newest().get("images_seen", 0))
 
 
 def headline(story: Story, sums: Mapping[tuple[str, Bucket], Total]) -> Numbers:
@@ -40,9 +42,8 @@ def headline(story: Story, sums: Mapping[tuple[str, Bucket], Total]) -> Numbers:
         story: Of the run.
         sums: Of its ledger, from `totals`.
     """
-    last = story.metrics[-1] if story.metrics else {}
     return Numbers(
-        steps=int(last.get("step", 0)),
+        steps=int(story.metrics.newest().get("step", 0)),
         total_steps=story.plan.get("total_steps"),
         images=images_seen(story),
         train=combined(total for (stage, _), total in sums.items() if stage == "train"),
@@ -50,13 +51,6 @@ def headline(story: Story, sums: Mapping[tuple[str, Bucket], Total]) -> Numbers:
         final_loss=_final_loss(story.metrics),
         score=next(iter(scores(story.evaluation)), None),
     )
-
-
-def curve(metrics: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
-    """Return (images seen, value) of every logged step that has the metric."""
-    return [
-        (float(row["images_seen"]), float(row[key])) for row in metrics if row.get(key) is not None
-    ]
 
 
 def scores(evaluation: Mapping[str, Any]) -> list[tuple[str, float, float | None]]:
@@ -103,7 +97,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else in_words(seconds)
 
 
-def _final_loss(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    losses = [y for _, y in curve(metrics, "train/loss")]
-    tail = losses[-max(1, round(len(losses) * _TAIL_FRAC)) :]
-    return sum(tail) / len(tail) if tail else None
+def _final_loss(metrics: Columns) -> float | None:
+    losses = metrics["train/loss"]
+    known = losses[np.isfinite(losses)]
+    tail = known[-max(1, round(len(known) * _TAIL_FRAC)) :]
+    return float(tail.mean()) if len(tail) else None

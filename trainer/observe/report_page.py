@@ -1,6 +1,7 @@
 """Lay a run's story out as one self-contained HTML page."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from trainer.observe.dashboard import X_LABEL, Panel, evaluation_section, traini
 from trainer.observe.evaluations import FOLDER
 from trainer.observe.figure_words import known_text
 from trainer.observe.figures import Figures
-from trainer.observe.html import Html, absent, cards, page, picture, table, tag
+from trainer.observe.html import Html, Script, absent, cards, page, picture, table, tag
 from trainer.observe.report_accounts import accounts, attempts, figure_table
+from trainer.observe.report_data import (
+    Curves,
+    evaluation_curves,
+    page_data,
+    training_curves,
+)
 from trainer.observe.report_numbers import (
     Numbers,
-    curve,
     duration,
     headline,
     in_joules,
@@ -29,16 +35,18 @@ from trainer.observe.story import DatasetFacts, Story
 _FIRST_PICTURES = 24
 
 
-def render(story: Story, figures: Figures) -> str:
+def render(story: Story, figures: Figures, *, live_state: str | None = None) -> str:
     """Return the page; the same story gives the same bytes.
 
     Args:
         story: Of the run.
         figures: Of its account.
+        live_state: For a page that asks its server for news: whether the run goes on.
     """
     numbers = headline(story, figures.by_bucket)
     sections = [
         _section("summary", None, _summary(story, numbers)),
+        tools(is_live=live_state is not None),
         _section("samples", "Samples", _samples(story)),
         _section("evaluation", "Evaluation", _evaluation(story)),
         _section("training", "Training", _training(story)),
@@ -49,7 +57,26 @@ def render(story: Story, figures: Figures) -> str:
         _section("config", "Configuration", _config(story)),
         _section("lineage", "Lineage", _lineage(story)),
     ]
-    return page(f"{story.name} - Kiln", *sections, style=STYLE)
+    script = charts_script([story], live_state)
+    return page(f"{story.name} - Kiln", *sections, style=STYLE, script=script)
+
+
+def tools(*, is_live: bool) -> Html:
+    """Make the place that the script fills; without scripts it stays hidden."""
+    live = {"data_live": "yes"} if is_live else {}
+    return tag("div", id="tools", hidden="", **live)
+
+
+def charts_script(stories: Sequence[Story], live_state: str | None) -> Script:
+    """Return the script that draws the charts anew, with its data.
+
+    Args:
+        stories: Of the runs that the page shows.
+        live_state: As in `render`.
+    """
+    code = files("trainer.observe").joinpath("report.js").read_text(encoding="utf-8")
+    data = page_data(stories, live_state or "written")
+    return Script(code, data, may_ask=live_state is not None)
 
 
 def _section(name: str, heading: str | None, body: Sequence[Html]) -> Html:
@@ -61,7 +88,7 @@ def _summary(story: Story, numbers: Numbers) -> list[Html]:
     return [
         tag("h1", story.name),
         tag("p", " ".join(_sentences(story, numbers)), class_="lead"),
-        cards(_cards(numbers)),
+        cards(headline_cards(numbers)),
     ]
 
 
@@ -90,7 +117,8 @@ def _sentences(story: Story, numbers: Numbers) -> Iterator[str]:
         yield f"{score_label(name).capitalize()}: {score_text(name, value)}{against}."
 
 
-def _cards(numbers: Numbers) -> Iterator[tuple[str, str]]:
+def headline_cards(numbers: Numbers) -> Iterator[tuple[str, str]]:
+    """Yield the (name, value) pairs that come first."""
     yield "steps", f"{numbers.steps:,}"
     yield "images seen", f"{numbers.images:,}"
     if numbers.train.seconds:
@@ -127,21 +155,22 @@ def _data(facts: DatasetFacts | None) -> list[Html]:
 
 def _training(story: Story) -> list[Html]:
     parts: list[Html] = []
-    for section in training_sections(story.metrics):
-        charts = _charts(section.panels, story.metrics)
+    curves = training_curves(story)
+    for section in training_sections([story.metrics.newest()]):
+        charts = _charts(section.panels, curves)
         heading = [tag("h3", section.name)] if charts and parts else []
         parts += [*heading, *charts]
     return parts or absent("Two logged steps", f"kiln train run={story.run_dir}")
 
 
-def _charts(panels: Sequence[Panel], rows: Sequence[Mapping[str, Any]]) -> list[Html]:
+def _charts(panels: Sequence[Panel], curves: Curves) -> list[Html]:
     """Draw the panels that have enough points."""
-    drawn = [chart for panel in panels if (chart := _chart(panel, rows)) is not None]
+    drawn = [chart for panel in panels if (chart := _chart(panel, curves)) is not None]
     return [tag("div", *drawn, class_="charts")] if drawn else []
 
 
-def _chart(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> Html | None:
-    value, *behind = (curve(rows, key) for key in panel.keys)
+def _chart(panel: Panel, curves: Curves) -> Html | None:
+    value, *behind = (curves.points(key) for key in panel.keys)
     lines = [Line(points, "faint") for points in behind]
     if panel.is_noisy:
         lines.append(Line(value, "faint"))
@@ -152,6 +181,7 @@ def _chart(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> Html | None:
         x_label=X_LABEL,
         from_zero=panel.from_zero,
         width_px=WIDE_PX if panel.is_wide else PLAIN_PX,
+        data_panel=panel.keys[0],
     )
 
 
@@ -191,7 +221,16 @@ def _curves(story: Story) -> list[Html]:
 
 def _evaluation_charts(story: Story) -> list[Html]:
     section = evaluation_section(story.evaluations)
-    return [] if section is None else _charts(section.panels, story.evaluations)
+    if section is None:
+        return []
+    curves = evaluation_curves(story)
+    first = section.panels[0]
+    against = line_chart(
+        f"{first.name} against energy",
+        [Line(curves.points(first.keys[0], axis="joules"), "bold")],
+        x_label="joules of training",
+    )
+    return [*_charts(section.panels, curves), *([against] if against else [])]
 
 
 def _samples(story: Story) -> list[Html]:

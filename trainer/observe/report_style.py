@@ -31,6 +31,8 @@ code { font: .88em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monosp
 .card span { color: var(--soft); font-size: .82rem; }
 .scroll { overflow-x: auto; }
 .wide table { width: 100%; }
+.wide .scroll table { min-width: 40rem; }
+section { scroll-margin-top: 4rem; }
 table { border-collapse: collapse; min-width: 24rem; font-variant-numeric: tabular-nums;
   font-size: .94rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule);
@@ -40,7 +42,7 @@ th { color: var(--soft); font-weight: 600; font-size: .82rem; }
 .txt { text-align: left; overflow-wrap: anywhere; }
 tfoot td { font-weight: 650; border-bottom: 0; }
 figure { margin: 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(27rem, 1fr));
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(27rem, 1fr));
   gap: 1.2rem; }
 @media (max-width: 34rem) { .charts { grid-template-columns: 1fr; } }
 .chart { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
@@ -68,6 +70,16 @@ svg polyline.faint { stroke: var(--faint); stroke-width: 1.2; }
 .bar i { display: block; min-width: 1px; }
 .swatch { display: inline-block; width: .7rem; height: .7rem; border-radius: 3px;
   margin-right: .45rem; }
+.chart img { max-width: 100%; height: auto; }
+.attempts { overflow-x: auto; }
+.attempts svg { min-width: 44rem; }
+.stacked { width: 55%; }
+.stack { display: flex; height: .8rem; border-radius: 3px; overflow: hidden; }
+.stack i { display: block; min-width: 1px; height: 100%; }
+.p-counter { background: #2a9d6f; } .p-rapl { background: #3a8fd1; }
+.p-power_integral { background: #7d6bd6; } .p-tdp_model { background: #e0a526; }
+.p-none { background: #8a939c; }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .84rem; color: var(--soft); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.6rem, 1fr));
   gap: 1rem; }
 .pictures.pairs { grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
@@ -89,11 +101,47 @@ summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
   padding: .9rem 1rem; overflow-x: auto; font: .84rem/1.5 ui-monospace, "DejaVu Sans Mono",
   Menlo, Consolas, monospace; }
-.b-productive { background: #2a9d6f; } .b-data_stall { background: #e0a526; }
-.b-encoding { background: #9aa83a; }
-.b-checkpoint_stall { background: #7d6bd6; } .b-evaluation { background: #3a8fd1; }
-.b-init { background: #8a939c; } .b-restore { background: #b07aa1; }
-.b-drain { background: #c98b6b; } .b-lost_work { background: #d1495b; }
-.b-idle { background: #b9bfc6; } .b-queue { background: #5f6f82; }
+.b-productive { background: #2a9d6f; fill: #2a9d6f; }
+.b-data_stall { background: #e0a526; fill: #e0a526; }
+.b-encoding { background: #9aa83a; fill: #9aa83a; }
+.b-checkpoint_stall { background: #7d6bd6; fill: #7d6bd6; }
+.b-evaluation { background: #3a8fd1; fill: #3a8fd1; }
+.b-init { background: #8a939c; fill: #8a939c; }
+.b-restore { background: #b07aa1; fill: #b07aa1; }
+.b-drain { background: #c98b6b; fill: #c98b6b; }
+.b-lost_work { background: #d1495b; fill: #d1495b; }
+.b-idle { background: #b9bfc6; fill: #b9bfc6; }
+.b-queue { background: #5f6f82; fill: #5f6f82; }
+.band { fill: var(--faint); stroke: none; }
+figure[data-panel] svg { touch-action: pan-y; cursor: crosshair; }
+figure[data-panel] svg:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.cursor line { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
+.dot { fill: var(--accent); }
+.run0 { --own: #2f7ed8; }
+.run1 { --own: #d9730d; }
+.run2 { --own: #2a9d6f; }
+.run3 { --own: #c0398b; }
+.run4 { --own: #7d6bd6; }
+.run5 { --own: #9a8a1f; }
+.run6 { --own: #3aa6b9; }
+.run7 { --own: #b5533c; }
+[class*="run"].swatch { background: var(--own); }
+svg polyline[class*="run"] { stroke: var(--own); }
+svg polyline.faint[class*="run"] { stroke-opacity: .35; }
+.band[class*="run"] { fill: var(--own); fill-opacity: .18; }
+.dot[class*="run"] { fill: var(--own); }
+.chosen { fill: var(--faint); }
+.readout { float: right; color: var(--ink); font-variant-numeric: tabular-nums; }
+#tools { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .3rem 1rem;
+  align-items: center; background: var(--page); border-bottom: 1px solid var(--rule);
+  padding: .5rem 0; font-size: .88rem; }
+#tools[hidden] { display: none; }
+#tools fieldset { display: flex; flex-wrap: wrap; gap: .1rem .7rem; border: 0; padding: 0;
+  margin: 0; min-width: 0; }
+#tools legend { float: left; padding: 0 .5rem 0 0; color: var(--soft); }
+#tools select, #tools button { font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--rule); border-radius: 6px; padding: .15rem .5rem; }
+#place { margin-left: auto; min-height: 1.5em; font-variant-numeric: tabular-nums; }
+@media print { #tools, .readout, .cursor { display: none; } }
 @media print { body { background: #fff; } main { max-width: none; } }
 """

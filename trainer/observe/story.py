@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from trainer.errors import BadInput
-from trainer.observe.evaluations import METRICS, evaluation_rows, training_rows
-from trainer.observe.jsonl import read_rows
+from trainer.observe.columns import Columns, read_metrics
+from trainer.observe.evaluations import METRICS, evaluation_rows
+
+NO_ENDINGS: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,14 @@ class Story:
     run_dir: Path
     config: Mapping[str, Any]
     plan: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    """One row per logged step, in order of steps: of a step done twice, the last."""
+    metrics: Columns
+    """A row per logged step, in order of steps: of a step done twice, the last."""
     evaluations: Sequence[Mapping[str, Any]] = ()
     """One row per evaluated step, in order of steps."""
     ledger: Sequence[Mapping[str, Any]]
     """The dataset's rows (prepare, encode), then the run's."""
+    endings: Mapping[int, str] = field(default_factory=dict)
+    """Why attempts of training ended, where a job wrote it down."""
     evaluation: Mapping[str, Any]
     samples: Mapping[str, Any]
     """`reconstructions` and `samples`; see docs of `kiln sample`."""
@@ -59,6 +63,7 @@ def read_story(
     ledger: Sequence[Mapping[str, Any]],
     dataset: DatasetFacts | None,
     versions: Mapping[str, str],
+    endings: Mapping[int, str] = NO_ENDINGS,
 ) -> Story:
     """Read a run directory.
 
@@ -67,6 +72,7 @@ def read_story(
         ledger: The rows of its account, after those of its dataset's.
         dataset: What became of the rows that went in.
         versions: Of what makes the report.
+        endings: Why attempts of training ended.
 
     Raises:
         BadInput: It is no run directory, or one of its files is damaged.
@@ -77,14 +83,15 @@ def read_story(
             f"{run_dir} has no config.yaml, so it is no run directory. "
             "Give run= the folder that `kiln train` wrote."
         )
-    rows = read_rows(run_dir / METRICS)
+    metrics, evaluated = read_metrics(run_dir / METRICS)
     return Story(
         run_dir=run_dir,
         config=read_config(run_dir),
         plan=_read_json(run_dir / "plan.json"),
-        metrics=last_of_each_step(rows),
-        evaluations=evaluation_rows(run_dir, rows),
+        metrics=metrics,
+        evaluations=evaluation_rows(run_dir, evaluated),
         ledger=ledger,
+        endings=endings,
         evaluation=_read_json(run_dir / "evaluation.json"),
         samples=_read_json(run_dir / "samples" / "index.json"),
         dataset=dataset,
@@ -100,19 +107,6 @@ def read_config(run_dir: Path) -> Mapping[str, Any]:
     except yaml.YAMLError as error:
         raise BadInput(f"{file} is not YAML: {error}. `kiln train` writes it anew.") from error
     return loaded if isinstance(loaded, dict) else {}
-
-
-def last_of_each_step(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Drop rows that a resume made obsolete: steps at or after one that was logged again later.
-
-    Rows of evaluations, which come later than training reached their step, are left out.
-    """
-    kept: list[Mapping[str, Any]] = []
-    for row in training_rows(rows):
-        while kept and kept[-1]["step"] >= row["step"]:
-            kept.pop()
-        kept.append(row)
-    return kept
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:

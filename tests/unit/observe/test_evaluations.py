@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tests.observed_run import IMAGES_PER_STEP, STEPS, write_run
 from trainer.claims import locked_folder
+from trainer.observe.columns import read_metrics
 from trainer.observe.evaluations import (
     Merger,
     evaluation_rows,
@@ -29,7 +30,7 @@ from trainer.observe.jsonl import JsonLines, read_rows
 from trainer.observe.progress import LiveProgress, PlainProgress
 from trainer.observe.report_page import render
 from trainer.observe.sinks import Sinks, send_to_wandb
-from trainer.observe.story import last_of_each_step, read_story
+from trainer.observe.story import read_story
 
 
 def evaluation(step, value, *, weights="ema"):
@@ -70,7 +71,7 @@ def test_evaluations_merge_at_their_step_and_no_training_row_is_lost(tmp_path):
         assert [row["step"] for row in merge(tmp_path)] == [step]
     train(tmp_path, range(7, 9))
     rows = read_rows(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in last_of_each_step(rows)] == list(range(1, 9))
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["step"].tolist() == list(range(1, 9))
     assert [row["step"] for row in training_rows(rows)] == list(range(1, 9))
     found = evaluation_rows(tmp_path, rows)
     assert [(row["step"], row["eval/all_frac"]) for row in found] == [(2, 0.2), (4, 0.4)]

@@ -26,11 +26,11 @@ from trainer.export_card import account_figures, training_facts
 from trainer.frozen import compose, read_yaml
 from trainer.loop import Progress, StepFacts
 from trainer.models.denoisers import build_denoiser
+from trainer.observe.columns import read_metrics
 from trainer.observe.countdown import Countdown
 from trainer.observe.evaluations import evaluation_rows, is_evaluation, training_rows
 from trainer.observe.jsonl import read_rows
 from trainer.observe.ledger import read_account
-from trainer.observe.story import last_of_each_step
 from trainer.plan import make_plan
 from trainer.quality.shares import wilson
 from trainer.runtime.checkpoint import read_state
@@ -205,7 +205,7 @@ def test_two_processes_share_the_checkpoints_while_training_goes_on(tiny_run):
     rows = read_rows(tiny_run / "metrics.jsonl")
     steps = [row["step"] for row in training_rows(rows)]
     assert steps == list(range(1, progress.step + 1))
-    assert [row["step"] for row in last_of_each_step(rows)] == steps
+    assert read_metrics(tiny_run / "metrics.jsonl")[0]["step"].tolist() == steps
     assert [row["step"] for row in evaluation_rows(tiny_run, rows)] == [8, 16, 24]
     assert sum(is_evaluation(row) for row in rows) == 3  # each once, whoever wrote it
     assert len(before) >= progress.step
