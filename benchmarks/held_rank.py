@@ -199,9 +199,10 @@ class Timed(Bookkeeper):
         """Time it."""
         self._timed(lambda: Bookkeeper.at(self, phase))
 
-    def spent_j(self) -> float:
+    def spent_j(self) -> tuple[float, float]:
         """Time it."""
-        return float(self._timed(lambda: Bookkeeper.spent_j(self)))
+        joules, measured = self._timed(lambda: Bookkeeper.spent_j(self))
+        return joules, measured
 
     def after_step(self, progress: Progress, facts: StepFacts) -> None:
         """Time it, from the step on that all others are like."""
