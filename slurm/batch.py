@@ -65,7 +65,7 @@ class Batch:
         close_lost(self._own_attempts())
         self._before = self._own_attempts()
         self._attempt = begin_attempt(run, self._job_id, self._nodes)
-        meet = rendezvous(self._nodes[0], int(self._job_id), self._attempt.number)
+        meet = rendezvous(self._nodes[0])
         self._address = meet["MASTER_ADDR"]
         logs = self._attempt.folder
         # Those of a shell that was itself started by a launcher would be every rank's.

@@ -1,26 +1,48 @@
 """Where the ranks of a job meet; DeepSpeed and PyTorch read no variable of Slurm's."""
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from random import SystemRandom
 
 from slurm import client
 
-_FIRST_PORT, _PORTS = 20000, 10000
+_PORTS = range(20_000, 30_000)
 """Below those that the kernel gives to outgoing connections."""
 
 
-def rendezvous(node: str, job_id: int, attempt: int) -> dict[str, str]:
-    """Return MASTER_ADDR and MASTER_PORT.
+def rendezvous(node: str) -> dict[str, str]:
+    """Return MASTER_ADDR and MASTER_PORT for a job whose first node is this one.
 
     Args:
-        node: The first of the job.
-        job_id: Two jobs on one node must not meet each other.
-        attempt: Nor may what an earlier attempt left behind.
+        node: Slurm's name for it.
+
+    Raises:
+        client.SlurmError: It has no address, or no port is left.
     """
     return {
         "MASTER_ADDR": address(node, client.show_node(node)),
-        "MASTER_PORT": str(_FIRST_PORT + (job_id + 97 * attempt) % _PORTS),
+        "MASTER_PORT": str(free_port(_PORTS)),
     }
+
+
+def free_port(ports: Sequence[int]) -> int:
+    """Draw a port of this node that nobody listens at.
+
+    Drawn, not derived from the job's number: other jobs on this node, other clusters' on this
+    machine, and what an earlier attempt left behind must not be met. Drawn by the system's
+    generator, so that no seed makes two jobs draw the same.
+
+    Raises:
+        client.SlurmError: All are taken.
+    """
+    for port in SystemRandom().sample(ports, len(ports)):
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
+    raise client.SlurmError(
+        f"all ports from {ports[0]} to {ports[-1]} of this node are taken, so ranks have none to "
+        "meet at. See with `ss -ltn` who listens there."
+    )
 
 
 def address(

@@ -129,6 +129,18 @@ def shorten(job_id: str) -> None:
 
 
 @contextlib.contextmanager
+def told_on_failure(run: Path) -> Iterator[None]:
+    """Show what the attempts of a run wrote down, if its test fails."""
+    try:
+        yield
+    except BaseException:
+        for path in sorted((run / "attempts").rglob("*")):
+            if path.is_file():
+                sys.stdout.write(f"== {path}\n{path.read_text(errors='replace')[-2000:]}\n")
+        raise
+
+
+@contextlib.contextmanager
 def supervised(root: Path) -> Iterator[None]:
     """Run `kiln supervise` meanwhile, as a user would."""
     process = subprocess.Popen(

