@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -21,12 +22,12 @@ from trainer.curves import CURVES, check_curves, curve_passes, draw_curves
 from trainer.data.publish import publish_bytes
 from trainer.errors import BadInput
 from trainer.frozen import read_yaml, thaw
-from trainer.gallery import reconstructions, write_gallery
+from trainer.gallery import COLUMNS, grid, reconstructions, write_gallery
 from trainer.judge import Judge, Verdict
-from trainer.labels import label_of
+from trainer.labels import label_of, png_bytes
 from trainer.observe.countdown import Countdown
 from trainer.observe.energy import open_meters
-from trainer.observe.evaluations import FOLDER, merge, result_path
+from trainer.observe.evaluations import FOLDER, merge, result_path, strip_path
 from trainer.observe.ledger import Ledger
 from trainer.observe.sinks import send_to_wandb
 from trainer.runtime.checkpoint import newest_valid, verify
@@ -238,16 +239,18 @@ class Work:
         # Not sorted: the first score is the one that a report puts first.
         text = f"{json.dumps(evaluation, indent=1, allow_nan=False)}\n".encode()
         pairs = reconstructions(sampler, cfg.num_reconstructions)
+        label = label_of(sampler, cfg.sampling)
+        strip = png_bytes(np.asarray(grid(verdict.shown[:COLUMNS])), label)
         with locked_folder(self._run / FOLDER):
+            publish_bytes(strip_path(self._run, step, cfg.weights), strip)
             publish_bytes(result_path(self._run, step, cfg.weights), text)
             newest = self._run / "evaluation.json"
             if step >= _step_of(newest):
-                label = label_of(sampler, cfg.sampling)
-                grid = write_gallery(self._run / "samples", verdict.shown, pairs, label=label)
+                shown = write_gallery(self._run / "samples", verdict.shown, pairs, label=label)
                 lines = "".join(f"{shown.caption}\n" for shown in verdict.shown)
                 publish_bytes(self._run / "captions.txt", lines.encode())
                 publish_bytes(newest, text)
-                log.info("%d pictures: %s", len(verdict.shown), grid)
+                log.info("%d pictures: %s", len(verdict.shown), shown)
             rows = merge(self._run)
         self.done.append(evaluation)
         if rows is None:

@@ -28,6 +28,11 @@ def result_path(run: Path, step: int, weights: str) -> Path:
     return run / FOLDER / f"step_{step:08d}{suffix}.json"
 
 
+def strip_path(run: Path, step: int, weights: str) -> Path:
+    """Where the first pictures that an evaluation drew lie, side by side: of later ones too."""
+    return result_path(run, step, weights).with_suffix(".png")
+
+
 def metrics_row(evaluation: Row) -> dict[str, Any]:
     """Return the row of an evaluation: `eval/SCORE`, with `_low` and `_high` where it has them.
 

@@ -9,7 +9,7 @@ import yaml
 
 from trainer.observe.charts import PLAIN_PX, WIDE_PX, Line, line_chart, smooth
 from trainer.observe.dashboard import X_LABEL, Panel, evaluation_section, training_sections
-from trainer.observe.evaluations import FOLDER
+from trainer.observe.evaluations import FOLDER, strip_path
 from trainer.observe.figure_words import known_text
 from trainer.observe.figures import Figures
 from trainer.observe.html import Html, Script, absent, cards, page, picture, table, tag
@@ -33,6 +33,7 @@ from trainer.observe.report_style import STYLE
 from trainer.observe.story import DatasetFacts, Story
 
 _FIRST_PICTURES = 24
+_STRIPS = 8
 
 
 def render(story: Story, figures: Figures, *, live_state: str | None = None) -> str:
@@ -248,10 +249,30 @@ def _samples(story: Story) -> list[Html]:
     ]
     first = tag("div", *figures[:_FIRST_PICTURES], class_="pictures")
     if len(figures) <= _FIRST_PICTURES:
-        return [first]
+        return [first, *_over_time(story)]
     rest = tag("div", *figures[_FIRST_PICTURES:], class_="pictures")
     more = tag("summary", f"{len(figures) - _FIRST_PICTURES} more")
-    return [first, tag("details", more, rest)]
+    return [first, tag("details", more, rest), *_over_time(story)]
+
+
+def _over_time(story: Story) -> list[Html]:
+    """Show the same captions after more and more images, of up to `_STRIPS` evaluations."""
+    weights = story.evaluation.get("weights", "ema")
+    strips = [
+        (strip_path(story.run_dir, row["step"], weights), row["images_seen"])
+        for row in story.evaluations
+    ]
+    there = [(path, images) for path, images in strips if path.is_file()]
+    if len(there) < 2:
+        return []
+    last, shown = len(there) - 1, min(len(there), _STRIPS)
+    chosen = [there[round(idx * last / (shown - 1))] for idx in range(shown)]
+    figures = []
+    for path, images in chosen:
+        words = f"after {images:,} images"
+        inner = (picture(path, alt=words), tag("figcaption", words))
+        figures.append(tag("figure", *inner, class_="chart wide"))
+    return [tag("h3", "The same captions over time"), *figures]
 
 
 def _verdict(ok: bool | None) -> list[Html]:

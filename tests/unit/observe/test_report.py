@@ -7,12 +7,14 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.observed_run import CAPTIONS, STEPS, Now, write_config, write_run, write_training
 from trainer.errors import BadInput
 from trainer.observe.accounts import totals
 from trainer.observe.charts import Line, line_chart, round_ticks, short_number, smooth, thin
 from trainer.observe.columns import last_of_each_step
+from trainer.observe.evaluations import result_path, strip_path
 from trainer.observe.html import Html, join, tag
 from trainer.observe.ledger import read_account
 from trainer.observe.report_numbers import headline, in_joules
@@ -42,6 +44,25 @@ def test_a_whole_run_is_told(tmp_path):
     assert "The account does not close" not in html
     for number in ("4,680 of 5,000 rows", "12,800 images", "91.0 %, against 3.0 % by chance"):
         assert number in html
+
+
+def test_pictures_of_eight_evaluations_are_shown_side_by_side_in_time(tmp_path):
+    run = write_run(tmp_path)
+    (run / "evaluations").mkdir()
+    for step in range(10, 210, 10):
+        scores = {"step": step, "images_seen": 64 * step, "scores": {"all": step / 200}}
+        result_path(run, step, "ema").write_text(json.dumps(scores))
+        assert ("The same captions over time" in page(run)) == (step > 20)
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(strip_path(run, step, "ema"))
+    html = page(run)
+    told = [
+        int(images)
+        for images in re.findall(r"<figcaption>after (\d+) images", html.replace(",", ""))
+    ]
+    assert len(told) == 8
+    assert (told[0], told[-1]) == (640, 12800)
+    assert told == sorted(set(told))
+    assert html.count("<img ") == 3 * len(CAPTIONS) + 8
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):

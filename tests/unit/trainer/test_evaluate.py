@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_prep.scenes import is_held_out, parse
 from tests.tiny_dataset import publish, sample
@@ -28,7 +29,7 @@ from trainer.loop import Progress, StepFacts
 from trainer.models.denoisers import build_denoiser
 from trainer.observe.columns import read_metrics
 from trainer.observe.countdown import Countdown
-from trainer.observe.evaluations import evaluation_rows, is_evaluation, training_rows
+from trainer.observe.evaluations import evaluation_rows, is_evaluation, strip_path, training_rows
 from trainer.observe.jsonl import read_rows
 from trainer.observe.ledger import read_account
 from trainer.plan import make_plan
@@ -145,6 +146,10 @@ def test_all_checkpoints_are_evaluated_and_the_newest_is_the_runs(tiny_run):
     assert evaluate.run(config(tiny_run, "checkpoint=8")) == 0
     evaluate.run(config(tiny_run, "checkpoint=all"))
     assert result(tiny_run)["images_seen"] == 64
+    for step in (8, 16):
+        with Image.open(strip_path(tiny_run, step, "ema")) as strip:
+            assert strip.width > 8 * 128
+            assert json.loads(strip.text["step"]) == step
     newest = result(tiny_run, "step_00000016")
     assert json.loads((tiny_run / "evaluation.json").read_text()) == newest
     evaluate.run(config(tiny_run, "checkpoint=8", "again=true"))
