@@ -3,8 +3,10 @@
 import errno
 import json
 import logging
+import math
 import socketserver
 import threading
+import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,6 +18,8 @@ from trainer.observe.story import Story
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+_SLOW_S, _REST = 1.0, 9
+"""An answer that takes longer to make is given again for so many times as long."""
 
 
 def state_of(stories: Sequence[Story]) -> str:
@@ -45,6 +49,8 @@ class PageServer(ThreadingHTTPServer):
         """
         self._makers = {"/": lambda: page().encode(), "/data.json": lambda: _json(data())}
         self._one_at_a_time = threading.Lock()
+        self._kept: dict[str, tuple[float, bytes]] = {}
+        """Until when an answer is good enough, and it."""
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
@@ -75,7 +81,14 @@ class PageServer(ThreadingHTTPServer):
         if maker is None:
             return None
         with self._one_at_a_time:
-            return maker()
+            began_s = time.monotonic()
+            until_s, content = self._kept.get(path, (-math.inf, b""))
+            if began_s >= until_s:
+                content = maker()
+                took_s = time.monotonic() - began_s
+                until_s = began_s + (took_s * (1 + _REST) if took_s > _SLOW_S else 0.0)
+                self._kept[path] = until_s, content
+            return content
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -14,6 +15,7 @@ from tests.observed_run import STEPS, write_run
 from trainer.config_tools import ReportConfig
 from trainer.errors import BadInput, BadWorld
 from trainer.observe.evaluations import hold_metrics
+from trainer.observe.report_serve import PageServer
 from trainer.report import main, report_server
 
 
@@ -65,6 +67,20 @@ def test_data_say_whether_the_run_goes_on(tmp_path):
         (run / "plan.json").write_text(json.dumps({"total_steps": STEPS + 1}))
         assert told()["state"] == "stopped"
         assert told()["runs"][0]["training"]["axes"]["steps"][-1] == STEPS
+
+
+def test_a_long_run_is_not_read_anew_for_every_question():
+    made = []
+
+    def slow():
+        time.sleep(1.1)
+        made.append("slow")
+        return "page"
+
+    with PageServer(0, slow, lambda: made.append("quick")) as server:
+        assert {server.make("/") for _ in range(3)} == {b"page"}
+        assert [server.make("/data.json") for _ in range(3)] == [b"null"] * 3
+    assert made == ["slow", *["quick"] * 3]
 
 
 def test_a_port_that_is_taken_and_a_folder_that_is_no_run_are_refused(tmp_path):
