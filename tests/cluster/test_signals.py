@@ -174,6 +174,27 @@ def test_a_bad_node_is_found_before_ranks_start_and_left_out(cluster, tmp_path, 
     assert "node1" not in wait_running(run, 1).begin.nodes
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_node_is_blamed_for_not_meeting_others_twice(times, cluster, tmp_path):
+    run, tried = tmp_path / "run", tmp_path / "tried"
+    checks = Checks(folders=(), min_free_gb=0, max_clock_skew_s=5, timeout_s=60, gpus=0)
+    fails = (
+        "[ $SLURM_PROCID = 1 ] && exit 0\n"
+        f"echo $MASTER_PORT >> '{tried}'; [ $(wc -l < '{tried}') -gt {times} ] || exit 7"
+    )
+    submit(run, spec=spec_of(run, checks=checks, meet=("sh", "-c", fails)))
+    if times == 1:
+        wait_running(run)
+        (run / "finish").touch()
+    end = wait_ended(run).end
+    assert end.cause == ("finished" if times == 1 else "bad_node")
+    assert len(set(tried.read_text().split())) == 2
+    if times == 2:
+        assert end.why.startswith("the nodes cannot add numbers together (rank 0 on node")
+        assert end.why.endswith("Exited with exit code 7); see all_reduce_again_*.log")
+        assert list(end.suspects.values()) == [0.5]
+
+
 def test_nodes_that_do_not_meet_in_time_are_told_and_none_is_to_blame(cluster, tmp_path):
     run = tmp_path / "run"
     checks = Checks(folders=(), min_free_gb=0, max_clock_skew_s=5, timeout_s=3, gpus=0)
