@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
 from slurm.attempts import read_attempts
 from trainer.command import run_command
 from trainer.config_accounts import stated
@@ -13,7 +17,7 @@ from trainer.config_tools import ReportConfig
 from trainer.data.manifest import load_manifest
 from trainer.errors import BadInput
 from trainer.observe.carbon import rates
-from trainer.observe.figure_words import known_text, value_text
+from trainer.observe.figure_words import HEAD, figure_rows
 from trainer.observe.figures import Figures, derive, work_on
 from trainer.observe.report_compare import Told, render_several
 from trainer.observe.report_data import Data, page_data
@@ -74,13 +78,21 @@ def write_report(cfg: ReportConfig) -> int:
     partial = page.with_name(f"{page.name}.partial")
     partial.write_text(page_of(told), encoding="utf-8")
     partial.replace(page)
-    log.info("report: %s", page)
     for story, figures in told:
-        gross = figures.by_key.get("gross_energy_per_image")
-        if gross is not None:
-            of = f" of {story.name}" if len(told) > 1 else ""
-            log.info("energy%s: %s, %s", of, value_text(gross), known_text(gross.known_by))
+        _print_figures(story, figures)
+    log.info("report: %s", page)
     return 0
+
+
+def _print_figures(story: Story, figures: Figures) -> None:
+    """Show what the page tells of energy, carbon and cost; what that assumes is there."""
+    if not figures.by_key:
+        return
+    table = Table(*HEAD[:3], title=f"What {story.name} took", box=SIMPLE)
+    table.columns[1].justify = "right"
+    for name, value, known, _ in figure_rows(figures.by_key.values()):
+        table.add_row(name, value, known)
+    Console().print(table)
 
 
 def tell(cfg: ReportConfig) -> list[Told]:

@@ -180,10 +180,9 @@ def test_figures_say_how_they_are_known_and_what_they_assume(tmp_path):
     assert "nobody said which grid it was. Run |kiln report run=" in text
 
 
-def test_assumptions_are_given_without_touching_the_run(tmp_path, caplog):
+def test_assumptions_are_given_without_touching_the_run(tmp_path, capsys):
     run = write_run(tmp_path)
     config = (run / "config.yaml").read_bytes()
-    caplog.set_level("INFO")
     words = ["accounts.grid=DEU", "accounts.pue=1.5", "accounts.price_per_kwh=0.3"]
     assert main([f"run={run}", *words, "accounts.currency=EUR"]) == 0
     text = re.sub(r"<[^>]+>", "|", figures_section((run / "report.html").read_text()))
@@ -194,7 +193,9 @@ def test_assumptions_are_given_without_touching_the_run(tmp_path, caplog):
     assert f"|Cost of energy||{1.5 * energy_j / 3.6e6 * 0.3:#.3g} EUR||" in text
     assert "nobody said which grid" not in text
     assert (run / "config.yaml").read_bytes() == config
-    assert "energy: 0.177 J/image, 100 % modelled (tdp_model)" in caplog.text
+    said = capsys.readouterr().out
+    assert re.search(r"Energy per image, gross +0\.177 J/image +100 % modelled", said)
+    assert re.search(rf"Carbon +{1.5 * energy_j / 3.6e6 * 380.95:.3f} gCO2e", said)
 
 
 def test_what_the_run_assumes_holds_where_the_report_says_nothing(tmp_path):
