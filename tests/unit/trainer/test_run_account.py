@@ -7,9 +7,10 @@ import pytest
 from slurm.runfile import JOBS, append_row, write_json
 from tests.unit.observe.test_ledger import Clock, Watts, open_ledger
 from trainer.observe.accounts import totals
+from trainer.observe.allocation import missing_frac
 from trainer.observe.jsonl import read_rows
 from trainer.observe.ledger import Bucket
-from trainer.run_account import run_account
+from trainer.run_account import CLOSES_WITHIN_FRAC, allocations_of, run_account
 
 NODES = ("n1", "n2")
 SUBMITTED_S = 1000.0
@@ -112,6 +113,80 @@ def test_of_an_attempt_that_goes_on_the_account_ends_where_it_is_now(run):
     (run.folder / "attempts/006/end.json").unlink()
     after_s = sum(row["seconds"] for row in run_account(run.folder))
     assert after_s - before_s == pytest.approx(10 + 20 + 30)
+
+
+INTERRUPTIONS = {
+    "preempted": {"cause": "preempted"},
+    "kill -9 of a rank": {"cause": "crashed", "killed": True},
+    "a node that dies": {"cause": "lost", "killed": True, "ends_s": 40, "orphan_s": 15},
+    "walltime": {"cause": "walltime"},
+    "kiln stop": {"cause": "stopped"},
+    "scancel": {"cause": "cancelled", "killed": True},
+    "stuck": {"cause": "stuck", "killed": True, "ends_s": 600},
+}
+
+
+@pytest.mark.parametrize("kind", INTERRUPTIONS)
+def test_a_run_that_is_interrupted_three_times_closes_to_1_percent(tmp_path, caplog, kind):
+    run = Run(tmp_path / "run")
+    for first in (0, 80, 160):
+        run.attempt(queued_s=30, steps=(first, first + 100), **INTERRUPTIONS[kind])
+    run.attempt("finished", queued_s=30, steps=(240, 300))
+    rows = run_account(run.folder)
+    assert caplog.messages == []
+    allocations = allocations_of(run.folder, rows)
+    assert missing_frac(rows, allocations) < CLOSES_WITHIN_FRAC
+    wall_node_s = len(NODES) * (run.clock.at_s - SUBMITTED_S)
+    seconds = by_bucket(rows)
+    assert sum(seconds.values()) == pytest.approx(wall_node_s, rel=CLOSES_WITHIN_FRAC)
+    orphan_s = 3 * INTERRUPTIONS[kind].get("orphan_s", 0)
+    assert seconds[Bucket.PRODUCTIVE] == pytest.approx(2 * 300)
+    assert seconds[Bucket.LOST_WORK] == pytest.approx(2 * 60 + orphan_s)
+    worked_s = seconds[Bucket.PRODUCTIVE] + seconds[Bucket.LOST_WORK]
+    assert joules(rows) == pytest.approx(100 * worked_s)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["Ctrl-C", "kill -9"])
+def test_a_run_on_this_machine_that_is_interrupted_closes_to_1_percent(tmp_path, caplog, killed):
+    """All its attempts share a file, and the next one closes what a kill left open."""
+    clock, lasted_s = Clock(SUBMITTED_S), 0.0
+    for first in (0, 80, 160):
+        began_s = clock.at_s
+        ledger = open_ledger(tmp_path / "ledger.jsonl", clock, meters=[Watts(clock, 100.0)])
+        clock.at_s += 20
+        ledger.resume_at(first)
+        ledger.switch("productive")
+        for step in range(first, first + 100):
+            clock.at_s += 1
+            ledger.reach(step + 1)
+            ledger.flush()
+        if killed:
+            clock.at_s += 0.8  # since the last row
+        else:
+            ledger.close()
+        lasted_s += clock.at_s - began_s
+        clock.at_s += 1000  # until somebody gives the same command again
+    with open_ledger(tmp_path / "ledger.jsonl", clock):
+        pass
+    rows = run_account(tmp_path)
+    assert caplog.messages == []
+    seconds = by_bucket(rows)
+    assert sum(seconds.values()) == pytest.approx(lasted_s, rel=CLOSES_WITHIN_FRAC)
+    assert seconds[Bucket.PRODUCTIVE] == pytest.approx(260)
+    assert seconds[Bucket.LOST_WORK] == pytest.approx(40 + 3 * killed)
+    assert joules(rows) == pytest.approx(100 * 3 * 120)
+
+
+def test_a_kill_in_mid_line_costs_that_line(run, caplog):
+    """The torn line is the last of a dead node's account, whose time is then idle."""
+    path = run.folder / "ledger/train-001-n2.jsonl"
+    whole = path.read_bytes()
+    before = by_bucket(run_account(run.folder))
+    path.write_bytes(whole[:-20])
+    after = by_bucket(run_account(run.folder))
+    assert caplog.messages == []
+    assert sum(after.values()) == pytest.approx(sum(before.values()))
+    assert after[Bucket.IDLE] == pytest.approx(before[Bucket.IDLE] + 1)
 
 
 @pytest.mark.parametrize("name", ["", "container-7"])
