@@ -9,6 +9,8 @@ from typing import Any
 from trainer.observe.energy import MEASURED, Meter, Provenance, read_by_provenance
 from trainer.observe.merging import Row, writer_of
 
+_SHOW_IDLE = MEASURED | {"limit_model"}
+"""The model of busy cores has no joules of idle ones, so that there is nothing to take off."""
 _WINDOW_S = 1.0
 """NVML and RAPL refresh every 20 to 100 ms."""
 
@@ -51,7 +53,7 @@ class Idle:
 
 
 def idle_of(rows: Sequence[Row], *, stated_w: float | None) -> Idle | None:
-    """Return it, or None where a node's idle power is not known.
+    """Return it, or None where a node's idle power is not known, or in no joules.
 
     Args:
         rows: Of ledgers. One of an account has `idle_w`, if that was measured.
@@ -59,10 +61,12 @@ def idle_of(rows: Sequence[Row], *, stated_w: float | None) -> Idle | None:
     """
     metered_s: defaultdict[Any, float] = defaultdict(float)
     idle_w: dict[Any, Mapping[str, float]] = {}
+    show_idle = {writer_of(row) for row in rows if row["provenance"] in _SHOW_IDLE}
     for row in rows:
         writer = writer_of(row)
-        if "idle_w" in row:
-            idle_w[writer] = row["idle_w"]
+        if writer not in show_idle:
+            continue
+        idle_w |= {writer: row["idle_w"]} if "idle_w" in row else {}
         if row["provenance"] != "none":
             metered_s[writer] += row["seconds"]
     joules_by: defaultdict[str, float] = defaultdict(float)

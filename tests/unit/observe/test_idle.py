@@ -82,6 +82,15 @@ def test_of_a_node_whose_idle_power_nobody_knows_there_is_no_figure(tmp_path):
     assert found["idle_energy"].value == pytest.approx(100 * 120)
 
 
+@pytest.mark.parametrize(
+    ("provenance", "is_told"), [("tdp_model", False), ("limit_model", True), ("rapl", True)]
+)
+def test_from_a_model_without_idle_power_none_is_taken_off(provenance, is_told):
+    rows = [row("productive", 60.0, 900.0, provenance=provenance, last_step=10)]
+    found = derive(rows, WORK, AccountsConfig(idle_node_w=2.0)).by_key
+    assert ("energy_above_idle_per_image" in found) is is_told
+
+
 watts = st.floats(1, 1000)
 nodes = st.lists(st.tuples(watts, watts, st.floats(1, 1e5)), min_size=1, max_size=5)
 
