@@ -19,6 +19,7 @@ from slurm.supervise import RECORD
 from slurm.words import clock
 from trainer.command import run_command
 from trainer.observe.jsonl import read_rows
+from trainer.run_losses import losses_in_words
 
 
 def gather(run: Path, name: str) -> Facts:
@@ -45,6 +46,7 @@ def gather(run: Path, name: str) -> Facts:
         other_jobs=[row for row in rows if row not in submitted],
         events=read_rows(run / EVENTS),
         supervised=read_rows(run / RECORD),
+        losses=losses_in_words(run),
         is_every_step_logged=_logs_every_step(run),
         saved_step=saved_step(run),
         lost_why=_why_lost(seen.newest) if is_lost and seen.newest else "",

@@ -55,6 +55,8 @@ class Facts:
     """Rows of what was found between the stages of a pipeline."""
     supervised: Sequence[Mapping[str, Any]]
     """Rows of the supervisor's record."""
+    losses: Mapping[int, str]
+    """What lost work took, in words, by attempt; where nothing is known of it there is none."""
     is_every_step_logged: bool
     saved_step: int
     lost_why: str
@@ -100,7 +102,7 @@ def _chapter(chapter: Chapter, following: Chapter | None, facts: Facts) -> str:
     if chapter.from_step == 0:
         told = f"attempt {chapter.number}{where} began with step 0 and "
     parts = [told + ending(chapter, facts.lost_why)]
-    parts += lost(chapter, is_exact=facts.is_every_step_logged)
+    parts += lost(chapter, facts.losses.get(chapter.number), is_exact=facts.is_every_step_logged)
     if following is not None:
         parts.append(restarted(chapter, following, facts.supervised))
     return "; ".join(filter(None, parts))
@@ -128,17 +130,19 @@ def ending(chapter: Chapter, lost_why: str) -> str:
     return f"{_DIED[end.cause]} at step {step}{took}: {end.why}"
 
 
-def lost(chapter: Chapter, *, is_exact: bool) -> list[str]:
+def lost(chapter: Chapter, took: str | None, *, is_exact: bool) -> list[str]:
     """Say how many steps an attempt lost; nothing of one that ended in order.
 
     Args:
         chapter: The attempt.
+        took: What they took, in words, if that is known.
         is_exact: Whether every step was logged; else some more may be lost.
     """
     steps = chapter.lost_steps
     if steps:
         least = "" if is_exact else "at least "
-        return [f"{least}{steps:,} step{'s' * (steps > 1)} lost"]
+        which_took = f" ({took})" if took else ""
+        return [f"{least}{steps:,} step{'s' * (steps > 1)} lost{which_took}"]
     is_death = chapter.end is None or chapter.end.cause in {"crashed", "stuck", "lost"}
     kind = "" if is_exact else "logged "
     return [f"no {kind}step lost"] if is_death and chapter.reached_step else []

@@ -26,6 +26,9 @@ class RecordedGpus:
     def uuids(self):
         return list(self.limits)
 
+    def name(self, uuid):
+        return "a recorded GPU"
+
     def power_w(self, uuid):
         return min(self.wants_w, self.limits[uuid])
 

@@ -17,8 +17,9 @@ from trainer.config import TrainConfig
 from trainer.frozen import thaw
 from trainer.loop import Progress, StepFacts
 from trainer.model_flops import peak_flops
-from trainer.observe.energy import open_meters
+from trainer.observe.energy import Provenance, open_meters
 from trainer.observe.evaluations import METRICS, Merger, hold_metrics
+from trainer.observe.idle import measure_idle_w
 from trainer.observe.ledger import Ledger
 from trainer.observe.meters import Throughput
 from trainer.observe.sinks import Sinks
@@ -35,8 +36,27 @@ MERGE_EVERY_S = 30.0
 """How often training looks for evaluations that finished meanwhile."""
 
 
+def idle_w_of(cfg: TrainConfig, env: RankEnv) -> dict[Provenance, float]:
+    """Measure the idle power of this node, on the first of its ranks; none elsewhere.
+
+    The others wait for it where all meet. Nothing of this job is on the GPUs before that.
+    """
+    if env.local_rank:
+        return {}
+    return measure_idle_w(open_meters(tdp_w_per_core=0, gpus=_gpus(cfg, env)))
+
+
+def _gpus(cfg: TrainConfig, env: RankEnv) -> Sequence[str] | None:
+    return env.visible_gpus if cfg.cluster.device == "cuda" else ()
+
+
 def open_ledger(
-    run: Path, cfg: TrainConfig, env: RankEnv, *, launcher_pid: int | None
+    run: Path,
+    cfg: TrainConfig,
+    env: RankEnv,
+    *,
+    launcher_pid: int | None,
+    idle_w: Mapping[Provenance, float],
 ) -> Ledger | None:
     """Open the account of this node, on the first of its ranks; the others keep none.
 
@@ -45,6 +65,7 @@ def open_ledger(
         cfg: Of the run.
         env: Of this rank.
         launcher_pid: The `kiln train` that started all ranks; None on a cluster.
+        idle_w: What its meters showed before; see `idle_w_of`.
     """
     if env.local_rank:
         return None
@@ -52,7 +73,7 @@ def open_ledger(
     is_local = cfg.cluster.kind == "local"
     # On a cluster an orphan may go on for a while beside the next attempt, so each has a file.
     name = "ledger.jsonl" if is_local else f"ledger/train-{env.attempt:03d}-{node_name()}.jsonl"
-    return Ledger(
+    ledger = Ledger(
         run / name,
         stage="train",
         attempt=env.attempt,
@@ -61,11 +82,14 @@ def open_ledger(
         meters=open_meters(
             tdp_w_per_core=cfg.logging.tdp_w_per_core,
             root_pid=parent.pid if parent else None,
-            gpus=env.visible_gpus if cfg.cluster.device == "cuda" else (),
+            gpus=_gpus(cfg, env),
         ),
         # The parent was born for this attempt: its imports and its ranks' are `init`.
         started_unix_s=parent.create_time() if parent else None,
     )
+    if idle_w:
+        ledger.tell_idle(idle_w)
+    return ledger
 
 
 def _step_daemon() -> psutil.Process | None:

@@ -1,7 +1,7 @@
 """What happens beside training: accounts, checkpoints and rollbacks, each when it is due."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from trainer.data.publish import publish_json
 from trainer.datasets import STREAM
 from trainer.errors import BadWorld
 from trainer.loop import Mine, Progress, StepFacts
+from trainer.observe.energy import Provenance
 from trainer.observe.evaluations import best_images
 from trainer.observe.jsonl import JsonLines
 from trainer.plan import Plan
@@ -47,6 +48,7 @@ class Bookkeeper:
         env: RankEnv,
         *,
         launcher_pid: int | None,
+        idle_w: Mapping[Provenance, float],
         pulse: Pulse | None = None,
     ) -> None:
         """Open the accounts.
@@ -57,6 +59,7 @@ class Bookkeeper:
             comm: Of all ranks.
             env: Of this rank.
             launcher_pid: The process whose children all ranks are; None if there is none.
+            idle_w: What this node's meters showed before there was any work.
             pulse: What a watchdog watches, if there is one.
         """
         self._run, self._cfg, self._plan, self._comm = Path(cfg.run), cfg, plan, comm
@@ -67,7 +70,7 @@ class Bookkeeper:
             slow_rank_ratio=cfg.watchdog.slow_rank_ratio,
             is_forward_own=cfg.engine.zero_stage < 3,
         )
-        self._ledger = open_ledger(self._run, cfg, env, launcher_pid=launcher_pid)
+        self._ledger = open_ledger(self._run, cfg, env, launcher_pid=launcher_pid, idle_w=idle_w)
         self._metrics = None if comm.rank else Metrics(self._run, cfg, plan, attempt=env.attempt)
         self._told_j = (0.0, 0.0)
         self._saved_step = self._recorded_step = -1

@@ -27,6 +27,9 @@ class AccountsConfig:
     """Power usage effectiveness: energy of the whole building over that of its computers."""
     node_overhead_w: Amount = 0.0
     """Watts of a node that none of its meters covers, such as fans and network cards."""
+    idle_node_w: Amount | None = None
+    """Watts that the meters of a node show without work; null: what they showed when an attempt
+    began."""
     price_per_gpu_hour: Amount | None = None
     """Price of one GPU for an hour, in `currency`."""
     price_per_kwh: Amount | None = None

@@ -1,6 +1,7 @@
 """Read the whole account of a run: what all its nodes wrote, and the time that only Slurm saw."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from slurm.attempts import read_attempts
 from slurm.runfile import JOBS, read_rows, read_spec
 from trainer.observe.accounts import close_check
-from trainer.observe.allocation import Allocation, missing_frac, unseen
+from trainer.observe.allocation import Allocation, missing_frac, placed, unseen
 from trainer.observe.ledger import read_account
 from trainer.observe.merging import each_device_once, period_ends
 
@@ -41,7 +42,8 @@ def run_account(run_dir: Path, dataset_dir: Path | None = None) -> list[Mapping[
                 closure.counted_s,
             )
     allocations = allocations_of(run_dir, rows)
-    whole = [*rows, *unseen(rows, allocations)]
+    on_nodes = placed(rows, allocations)
+    whole = [*on_nodes, *unseen(on_nodes, allocations)]
     off_frac = missing_frac(whole, allocations)
     if off_frac > CLOSES_WITHIN_FRAC:
         log.warning(
@@ -68,11 +70,14 @@ def allocations_of(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[All
             last_s[number] = max(end_s, last_s.get(number, end_s))
     allocations: list[Allocation] = []
     free_unix_s: dict[str, float] = {}
-    for attempt in read_attempts(run_dir):
+    attempts = read_attempts(run_dir)
+    for attempt, following in zip(attempts, [*attempts, None][1:], strict=True):
         begin, end = attempt.begin, attempt.end
         end_unix_s = end.unix_s if end else None
-        if end and end.cause == "lost":
-            end_unix_s = last_s.get(attempt.number, begin.unix_s)
+        # Of one that was lost in a job that did not come back nobody writes an end.
+        if (end and end.cause == "lost") or (end is None and following):
+            next_unix_s = following.begin.unix_s if following else math.inf
+            end_unix_s = min(last_s.get(attempt.number, begin.unix_s), next_unix_s)
         queued = free_unix_s.get(begin.job_id, submitted.get(begin.job_id, begin.unix_s))
         allocations.append(
             Allocation(

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.accounting import idle_w_of
 from trainer.bookkeeping import Bookkeeper
 from trainer.build import build, find_checkpoint, restore
 from trainer.config import TrainConfig
@@ -59,10 +60,13 @@ def work(run: Path) -> int:
     cfg = on_world(read_yaml(TrainConfig, run / "config.yaml"), env.world)
     plan = plan_from(cfg, run)
     with Watchdog(attempt_dir(run, env.attempt), env, cfg.watchdog, pulse):
+        idle_w = idle_w_of(cfg, env)
         comm = Comm(env, cfg.cluster.device)
         with (
             storage_errors(place(cfg.data.dataset)),
-            Bookkeeper(cfg, plan, comm, env, launcher_pid=launcher_pid(), pulse=pulse) as books,
+            Bookkeeper(
+                cfg, plan, comm, env, launcher_pid=launcher_pid(), idle_w=idle_w, pulse=pulse
+            ) as books,
         ):
             with books.span("restore"):
                 checkpoint = find_checkpoint(checkpoints_of(cfg), comm)

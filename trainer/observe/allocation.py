@@ -1,11 +1,11 @@
 """Account for the time of a job's nodes that no rank saw: in the queue, before it began, after."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.observe.ledger import Bucket
-from trainer.observe.merging import Row
+from trainer.observe.merging import Row, covered_frac, period_ends, writer_of
 
 _STAGE = "train"
 
@@ -38,16 +38,57 @@ class _Seen:
     is_closed: bool
 
 
+def placed(rows: Sequence[Row], allocations: Sequence[Allocation]) -> list[Row]:
+    """Put each row of training on a node of its attempt, within the time that Slurm lent it.
+
+    A name that Slurm does not know (a container's, or none, as old runs have it) stands for the
+    node that the rank was on. What an orphan did and drew after Slurm had taken its node away is
+    not the run's: the node is another's, or down.
+
+    Args:
+        rows: Of all ledgers of the run.
+        allocations: In order.
+    """
+    ends = period_ends(rows)
+    by_attempt = {allocation.attempt: allocation for allocation in allocations}
+    found: list[Row] = []
+    for row in rows:
+        allocation = by_attempt.get(row["attempt"]) if row["stage"] == _STAGE else None
+        end_s = ends[writer_of(row), row["start_unix_s"]]
+        found.append(_placed(row, end_s, allocation) if allocation else row)
+    return found
+
+
+def _placed(row: Row, period_end_s: float, allocation: Allocation) -> Row:
+    nodes, node_idx = allocation.nodes, row["rank"] // allocation.ranks_per_node
+    node = row.get("node", "")
+    if node not in nodes and node_idx < len(nodes):
+        node = nodes[node_idx]
+    begin_s, start_s = allocation.begin_unix_s, row["start_unix_s"]
+    lent_until_s = max(allocation.end_unix_s or period_end_s, begin_s)
+    if period_end_s <= start_s or (begin_s <= start_s and period_end_s <= lent_until_s):
+        return {**row, "node": node}
+    frac = covered_frac((start_s, period_end_s), [(begin_s, lent_until_s)])
+    return {
+        **row,
+        "node": node,
+        "start_unix_s": min(max(start_s, begin_s), lent_until_s),
+        "seconds": row["seconds"] * frac,
+        "joules": row["joules"] * frac,
+    }
+
+
 def unseen(rows: Sequence[Row], allocations: Sequence[Allocation]) -> list[dict[str, Any]]:
     """Make the rows that are missing for every second of every node to be in the account.
 
     A node waits in the queue as long as its job does. Before a rank opened its account, checks and
     imports went on: `init`. After an account was closed the attempt drains. Where one was not, its
-    process was killed, and nothing is known of the rest: `idle`. Nobody read a meter then, so that
-    these rows have no joules.
+    process was killed, and nothing is known of the rest: `idle`. Nor is it of a node without an
+    account, once another one has its own. Nobody read a meter then, so that these rows have no
+    joules.
 
     Args:
-        rows: Of all ledgers of the run.
+        rows: As `placed` returns them.
         allocations: In order.
     """
     seen = _seen(rows)
@@ -55,7 +96,7 @@ def unseen(rows: Sequence[Row], allocations: Sequence[Allocation]) -> list[dict[
         row
         for allocation in allocations
         for node in allocation.nodes
-        for row in _of_node(allocation, node, seen.get((allocation.attempt, node)))
+        for row in _of_node(allocation, node, seen)
     ]
 
 
@@ -92,7 +133,9 @@ def _seen(rows: Sequence[Row]) -> dict[tuple[int, str], _Seen]:
     return found
 
 
-def _of_node(allocation: Allocation, node: str, seen: _Seen | None) -> Iterator[dict[str, Any]]:
+def _of_node(
+    allocation: Allocation, node: str, seen: Mapping[tuple[int, str], _Seen]
+) -> Iterator[dict[str, Any]]:
     labels = {
         "attempt": allocation.attempt,
         "rank": allocation.nodes.index(node) * allocation.ranks_per_node,
@@ -104,12 +147,17 @@ def _of_node(allocation: Allocation, node: str, seen: _Seen | None) -> Iterator[
     }
     begin_s, end_s = allocation.begin_unix_s, allocation.end_unix_s
     gaps = [(Bucket.QUEUE, allocation.queued_unix_s, begin_s)]
-    if seen is not None:
-        gaps.append((Bucket.INIT, begin_s, seen.begin_s))
-        tail = Bucket.DRAIN if seen.is_closed else Bucket.IDLE
-        gaps.append((tail, seen.end_s, end_s or seen.end_s))
+    own = seen.get((allocation.attempt, node))
+    if own is not None:
+        gaps.append((Bucket.INIT, begin_s, own.begin_s))
+        tail = Bucket.DRAIN if own.is_closed else Bucket.IDLE
+        gaps.append((tail, own.end_s, end_s or own.end_s))
     elif end_s is not None:
-        gaps.append((Bucket.INIT, begin_s, end_s))
+        others = [
+            each.begin_s for (number, _), each in seen.items() if number == allocation.attempt
+        ]
+        init_until_s = min(others, default=end_s)
+        gaps += [(Bucket.INIT, begin_s, init_until_s), (Bucket.IDLE, init_until_s, end_s)]
     for bucket, start_s, stop_s in gaps:
         if stop_s > start_s:
             seconds = stop_s - start_s

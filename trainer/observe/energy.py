@@ -3,17 +3,19 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
 import psutil
 
-from trainer.observe.nvml import NvmlReader
+from trainer.hardware import by_device_name
+from trainer.observe.nvml import LimitRefused, NvmlReader
 
 log = logging.getLogger(__name__)
 
-Provenance = Literal["counter", "rapl", "power_integral", "tdp_model", "none"]
+Provenance = Literal["counter", "rapl", "power_integral", "tdp_model", "limit_model", "none"]
 MEASURED: frozenset[Provenance] = frozenset({"counter", "rapl", "power_integral"})
 POWERCAP = Path("/sys/class/powercap")
 # Below these the package zone already counts; psys counts the package again.
@@ -46,6 +48,12 @@ class GpuReader(Protocol):
 
     def power_w(self, uuid: str) -> float | None:
         """Return the power drawn now; None where it is not readable."""
+
+    def limit_w(self, uuid: str) -> float:
+        """Return the power limit in force; raises LimitRefused."""
+
+    def name(self, uuid: str) -> str:
+        """Return what the driver calls the GPU."""
 
 
 class CounterMeter:
@@ -142,6 +150,23 @@ class TdpMeter:
         return self._most_core_s * self._w_per_core
 
 
+class LimitMeter:
+    """Models a GPU that shows nothing: all the time it draws the most that it may."""
+
+    provenance: Provenance = "limit_model"
+
+    def __init__(
+        self, limit_w: float, *, device: str, clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start now."""
+        self.device = device
+        self._limit_w, self._clock_s, self._opened_s = limit_w, clock_s, clock_s()
+
+    def read_j(self) -> float:
+        """Return modelled joules so far."""
+        return (self._clock_s() - self._opened_s) * self._limit_w
+
+
 def open_meters(
     *,
     tdp_w_per_core: float,
@@ -201,7 +226,7 @@ def tree_busy_core_s(root: psutil.Process) -> float:
 
 
 def gpu_meters(reader: GpuReader, gpus: Sequence[str] | None) -> list[Meter]:
-    """Open a meter for each GPU that shows anything; a warning names those that do not.
+    """Open the best meter for each GPU; a warning names those of which nothing is known.
 
     Args:
         reader: Reads NVML.
@@ -217,9 +242,24 @@ def gpu_meters(reader: GpuReader, gpus: Sequence[str] | None) -> list[Meter]:
             meters.append(CounterMeter(read_mj, unit_j=1e-3, provenance="counter", device=uuid))
         elif uuid in by_name and reader.power_w(uuid) is not None:
             meters.append(PowerMeter(partial(reader.power_w, uuid), device=uuid))
+        elif uuid in by_name and (limit_w := _limit_w(reader, uuid)) is not None:
+            log.warning(
+                "GPU %s shows neither energy nor power: it is taken to draw %g W all the time",
+                uuid,
+                limit_w,
+            )
+            meters.append(LimitMeter(limit_w, device=uuid))
         else:
             log.warning("GPU %s shows neither energy nor power: its joules are not counted", uuid)
     return meters
+
+
+def _limit_w(reader: GpuReader, uuid: str) -> float | None:
+    """Return the limit in force, or its maker's; None where neither is known."""
+    with suppress(LimitRefused):
+        return reader.limit_w(uuid)
+    device = by_device_name(reader.name(uuid))
+    return device.tdp_w if device else None
 
 
 def _rapl_meters(powercap: Path) -> list[Meter]:

@@ -8,7 +8,11 @@ from trainer.observe.figures import J_PER_KWH, Figure
 from trainer.observe.report_numbers import in_joules, three_digits
 
 HEAD = ("figure", "value", "how it is known", "assumptions")
-_HOW = {"measured": ("clock", *sorted(MEASURED)), "modelled": ("tdp_model",), "stated": ("stated",)}
+_HOW = {
+    "measured": ("clock", *sorted(MEASURED)),
+    "modelled": ("tdp_model", "limit_model"),
+    "stated": ("stated",),
+}
 _LEAST_KWH, _LEAST_KG = 0.01, 0.1
 """Less is told in joules, and in grams."""
 _LEAST_FRAC = 0.005
@@ -29,11 +33,17 @@ def value_text(figure: Figure) -> str:
     joules, _, per = figure.unit.partition("J")
     if not joules:
         return f"{in_joules(figure.value)}{per}"
-    if figure.unit == "kWh" and figure.value < _LEAST_KWH:
-        return in_joules(figure.value * J_PER_KWH)
+    if figure.unit == "kWh":
+        return energy_text(figure.value * J_PER_KWH)
     if figure.unit == "kgCO2e" and figure.value < _LEAST_KG:
         return f"{three_digits(figure.value * 1e3)} gCO2e"
     return f"{three_digits(figure.value)} {figure.unit}"
+
+
+def energy_text(joules: float) -> str:
+    """Write energy in kWh, or in joules if that is little."""
+    kwh = joules / J_PER_KWH
+    return in_joules(joules) if kwh < _LEAST_KWH else f"{three_digits(kwh)} kWh"
 
 
 def known_text(known_by: Mapping[str, float]) -> str:

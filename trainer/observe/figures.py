@@ -8,6 +8,7 @@ from typing import Any
 from trainer.config_accounts import AccountsConfig
 from trainer.observe.accounts import Total, combined, lost_work, totals
 from trainer.observe.carbon import Rate
+from trainer.observe.idle import idle_of
 from trainer.observe.ledger import Bucket
 from trainer.observe.merging import period_ends, writer_of
 
@@ -16,7 +17,10 @@ _S_PER_HOUR = 3600.0
 _TRAIN = "train"
 _DATA = ("plan", "prepare", "encode")
 _CLOCK = {"clock": 1.0}
-_MODEL = "tdp_model: busy core-seconds x stated watts, without idle power, memory and board"
+_MODELS: Mapping[str, str] = {
+    "tdp_model": "tdp_model: busy core-seconds x stated watts, without idle power, memory, board",
+    "limit_model": "limit_model: a GPU that shows nothing draws its power limit all the time",
+}
 
 Rows = Sequence[Mapping[str, Any]]
 _Sums = Mapping[tuple[str, Bucket], Total]
@@ -94,6 +98,7 @@ def derive(
     found = (
         *_energy(sums, caveats),
         *_per_image(sums, work, caveats),
+        *_above_idle(rows, _of(sums, _TRAIN), work, stated, caveats),
         *_goodput(sums),
         *_lost(rows, _of(sums, _TRAIN)),
         *_data(sums, work),
@@ -122,8 +127,8 @@ def _energy(sums: _Sums, caveats: Sequence[str]) -> Iterator[Figure]:
     whole = combined(sums.values())
     if whole.joules > 0:
         stages = ", ".join(dict.fromkeys(stage for stage, _ in sums))
-        model = (_MODEL,) if "tdp_model" in whole.known_by else ()
-        assumed = (f"of {stages}", *model, *caveats)
+        models = [words for name, words in _MODELS.items() if name in whole.known_by]
+        assumed = (f"of {stages}", *models, *caveats)
         yield Figure("energy", "Energy", whole.joules, "J", whole.known_by, assumed)
 
 
@@ -156,6 +161,41 @@ def _per_image(sums: _Sums, work: Work, caveats: Sequence[str]) -> Iterator[Figu
         train.known_by,
         ("gross", *caveats),
     )
+
+
+def _above_idle(
+    rows: Rows, train: Total, work: Work, stated: AccountsConfig, caveats: Sequence[str]
+) -> Iterator[Figure]:
+    """Tell what the nodes of training would have drawn anyway from what the work drew."""
+    own = [row for row in rows if row["stage"] == _TRAIN]
+    idle = idle_of(own, stated_w=stated.idle_node_w)
+    if idle is None or min(train.joules, idle.joules) <= 0:
+        return
+    how = "measured before its ranks met" if stated.idle_node_w is None else "stated"
+    watts = f"{idle.joules / idle.metered_s:.3g} W per node, {how}"
+    known = _shares(idle.joules_by)
+    words = (f"{watts}, x all metered time of training", *caveats)
+    yield Figure("idle_energy", "Energy of idle nodes", idle.joules, "J", known, words)
+    if work.images > 0:
+        yield Figure(
+            "energy_above_idle_per_image",
+            "Energy per image above idle",
+            (train.joules - idle.joules) / work.images,
+            "J/image",
+            _shares(train.joules_by, idle.joules_by),
+            (f"gross, less what idle nodes draw: {watts}", *caveats),
+        )
+
+
+def _shares(*parts: Mapping[Any, float]) -> dict[str, float]:
+    """Return by which shares joules, and others that are taken from them, are known."""
+    whole_j = sum(sum(part.values()) for part in parts)
+    shares: defaultdict[str, float] = defaultdict(float)
+    for part in parts:
+        for how, joules in part.items():
+            if joules > 0:
+                shares[how] += joules / whole_j
+    return dict(shares)
 
 
 def _goodput(sums: _Sums) -> Iterator[Figure]:

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -151,6 +151,12 @@ class Ledger:
             self.flush()
             self._step = self._first_step = step
 
+    def tell_idle(self, idle_w: Mapping[Provenance, float]) -> None:
+        """Write down the watts that its meters showed before there was any work."""
+        with self._lock:
+            row = self._nothing(self._period_s + self._unix_offset_s)
+            self._file.append([{**row, "idle_w": dict(idle_w)}])
+
     def flush(self) -> None:
         """Write what was counted since the last flush; on a full disk keep it for the next."""
         with self._lock:
@@ -196,15 +202,18 @@ class Ledger:
         for meter in self._meters:
             if meter.device is not None:
                 devices[meter.provenance].append(meter.device)
+        return {**self._nothing(born_unix_s), "devices": devices}
+
+    def _nothing(self, unix_s: float) -> dict[str, Any]:
+        """Make a row of no seconds, which tells something else."""
         return {
             **self._labels,
             "bucket": Bucket.INIT.value,
-            "start_unix_s": round(born_unix_s, 6),
+            "start_unix_s": round(unix_s, 6),
             "seconds": 0.0,
             "joules": 0.0,
             "provenance": "none",
             "step": 0,
-            "devices": devices,
         }
 
     def _mark(self) -> None:

@@ -52,6 +52,13 @@ class NvmlReader:
         except pynvml.NVMLError:
             return None
 
+    def name(self, uuid: str) -> str:
+        """Return what the driver calls the GPU; empty where it does not say."""
+        try:
+            return str(pynvml.nvmlDeviceGetName(self._handles[uuid]))
+        except pynvml.NVMLError:
+            return ""
+
     def limit_w(self, uuid: str) -> float:
         """Return the power limit in force; raises LimitRefused."""
         with _refusals():

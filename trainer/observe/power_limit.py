@@ -29,9 +29,6 @@ class Stopped(BaseException):
 class LimitedGpus(GpuReader, Protocol):
     """What a power sweep needs of NVML; tests hand in a recording."""
 
-    def limit_w(self, uuid: str) -> float:
-        """Return the power limit in force; raises LimitRefused."""
-
     def default_limit_w(self, uuid: str) -> float:
         """Return the limit that the GPU has when nobody sets one; raises LimitRefused."""
 

@@ -78,7 +78,7 @@ svg polyline.faint { stroke: var(--faint); stroke-width: 1.2; }
 .stack i { display: block; min-width: 1px; height: 100%; }
 .p-counter { background: #2a9d6f; } .p-rapl { background: #3a8fd1; }
 .p-power_integral { background: #7d6bd6; } .p-tdp_model { background: #e0a526; }
-.p-none { background: #8a939c; }
+.p-limit_model { background: #c9622f; } .p-none { background: #8a939c; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .84rem; color: var(--soft); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.6rem, 1fr));
   gap: 1rem; }

@@ -8,22 +8,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.observe.energy import (
+    MEASURED,
     CounterMeter,
+    LimitMeter,
     PowerMeter,
     TdpMeter,
+    gpu_meters,
     open_meters,
     read_by_provenance,
     tree_busy_core_s,
 )
-from trainer.observe.nvml import NvmlReader
+from trainer.observe.nvml import LimitRefused, NvmlReader
 
 
 class RecordedGpus:
     """Plays NVML: energy in millijoules per GPU, settable; None where a GPU has no counter."""
 
-    def __init__(self, energy_mj, power_w=None):
+    def __init__(self, energy_mj, power_w=None, limit_w=None, names=None):
         self.mj = energy_mj
-        self.w = power_w or {}
+        self.w, self.limits, self.names = power_w or {}, limit_w or {}, names or {}
+
+    def limit_w(self, uuid):
+        if uuid not in self.limits:
+            raise LimitRefused("Not Supported")
+        return self.limits[uuid]
+
+    def name(self, uuid):
+        return self.names.get(uuid, "")
 
     def uuids(self):
         return list(self.mj)
@@ -163,6 +174,26 @@ def test_an_old_gpu_is_integrated_and_a_blind_or_unknown_one_is_a_warning(tmp_pa
     meters = open_meters(tdp_w_per_core=0, gpus=named, gpu_reader=gpus, powercap=tmp_path)
     assert [meter.provenance for meter in meters] == ["power_integral"]
     assert [record.args[0] for record in caplog.records] == ["GPU-b", "MIG-x"]
+
+
+@pytest.mark.parametrize(
+    ("known", "drawn_w"),
+    [({"limit_w": {"GPU-a": 250.0}, "names": {"GPU-a": "NVIDIA H100 80GB HBM3"}}, 250.0),
+     ({"names": {"GPU-a": "NVIDIA H100 80GB HBM3"}}, 700.0)],
+    ids=["limit", "its maker's"],
+)  # fmt: skip
+def test_a_gpu_that_shows_nothing_is_modelled_by_the_most_that_it_may_draw(known, drawn_w, caplog):
+    (meter,) = gpu_meters(RecordedGpus({"GPU-a": None}, **known), None)
+    assert f"GPU-a shows neither energy nor power: it is taken to draw {drawn_w:g} W" in caplog.text
+    assert (meter.provenance, meter.device) == ("limit_model", "GPU-a")
+    assert "limit_model" not in MEASURED
+
+
+def test_the_model_of_a_gpu_is_its_limit_times_time():
+    now = [100.0]
+    meter = LimitMeter(250.0, device="gpu", clock_s=lambda: now[0])
+    for now[0] in (100.0, 101.5, 160.0):
+        assert meter.read_j() == pytest.approx(250 * (now[0] - 100))
 
 
 def test_where_nothing_is_known_there_is_no_joule(tmp_path):

@@ -300,6 +300,8 @@ def test_the_year_of_a_grid_is_told_with_its_source():
          "90 % measured (counter, rapl), 10 % stated"),
         ({"counter": 0.999, "tdp_model": 0.001},
          ">99 % measured (counter), <1 % modelled (tdp_model)"),
+        ({"counter": 0.5, "tdp_model": 0.1, "limit_model": 0.4},
+         "50 % measured (counter), 50 % modelled (tdp_model, limit_model)"),
         ({"clock": 1.0}, "100 % measured (clock)"),
         ({"power_integral": 0.5 + 0.5 - 1e-16}, "100 % measured (power_integral)"),
         ({}, "no meter"),
@@ -326,6 +328,14 @@ def test_how_it_is_known_is_said_in_shares(known_by, text):
 )
 def test_values_have_three_digits_and_a_unit(value, unit, text):
     assert value_text(Figure("", "", value, unit, {})) == text
+
+
+@pytest.mark.parametrize("provenance", ["tdp_model", "limit_model"])
+def test_a_model_is_told_with_what_it_takes_for_granted(provenance):
+    rows = [row("productive", 60.0, 900.0, provenance=provenance, last_step=10)]
+    energy = derive(rows, WORK, AccountsConfig()).by_key["energy"]
+    assert [words for words in energy.assumptions if words.startswith(f"{provenance}: ")]
+    assert energy.known_by == {provenance: 1.0}
 
 
 def test_joules_are_told_by_provenance():

@@ -10,6 +10,7 @@ from slurm.seen import Word
 from slurm.sentences import ahead, happened
 from slurm.words import clock
 from tests.seen_runs import NOW, attempt, launched, metrics, queued, stormy
+from tests.unit.observe.test_ledger import Clock, Watts, open_ledger
 from trainer.cli import main
 from trainer.runtime.ending import write_failure
 
@@ -49,6 +50,63 @@ def test_a_stormy_run_is_told_oldest_first(tmp_path):
         f"attempt 2 runs on node1 since {clock(NOW + 6000)}, step 1,200 of 5,000, 12.3 images/s, "
         "1 min 30 s left"
     ]
+
+
+def account(run, number, steps, *, provenance="counter", watts=1.8e6):
+    """Two nodes take a step a second, and draw so much that it shows."""
+    for rank, node in enumerate(("node1", "node2")):
+        clock = Clock(NOW + 10_000 * number)
+        meter = Watts(clock, watts, provenance)
+        labels = {"attempt": number, "rank": rank, "node": node}
+        path = run / f"ledger/train-{number:03d}-{node}.jsonl"
+        with open_ledger(path, clock, meters=[meter], **labels) as ledger:
+            ledger.resume_at(steps[0])
+            ledger.switch("productive")
+            for step in range(*steps):
+                clock.at_s += 1
+                ledger.reach(step + 1)
+                ledger.flush()
+
+
+def dead_and_back(run, **more):
+    launched(run)
+    attempt(run, 0, cause="crashed", why="boom", saved=60, ended=NOW + 100)
+    metrics(run, 0, range(1, 101))
+    account(run, 0, (0, 100), **more)
+    attempt(run, 1, began=NOW + 10_000, from_step=60)
+    metrics(run, 1, range(61, 131), began=NOW + 10_000)
+    account(run, 1, (60, 130), **more)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("provenance", "words"),
+    [
+        ("counter", "40.0 kWh, 100 % measured (counter)"),
+        ("tdp_model", "40.0 kWh, 100 % modelled (tdp_model)"),
+    ],
+)
+def test_a_failure_is_told_with_the_energy_of_what_it_lost(tmp_path, provenance, words):
+    run = dead_and_back(tmp_path / "a", provenance=provenance)
+    assert f"boom; 40 steps lost (1 min 20 s of a node and {words}); restarted in" in told(
+        facts_of(run)
+    )[1].replace("at step 100 after 1 min 40 s: ", "")
+
+
+def test_where_nothing_was_metered_time_alone_is_told(tmp_path):
+    run = dead_and_back(tmp_path / "a", provenance="none", watts=0.0)
+    assert (
+        "40 steps lost (1 min 20 s of a node, and energy that nobody metered)"
+        in told(facts_of(run))[1]
+    )
+
+
+def test_an_account_that_cannot_be_read_keeps_nobody_from_explaining(tmp_path, caplog):
+    run = dead_and_back(tmp_path / "a")
+    path = run / "ledger/train-000-node1.jsonl"
+    path.write_text("oops\n" + path.read_text())
+    assert "; 40 steps lost; restarted in" in told(facts_of(run))[1]
+    assert "What was lost is not known" in caplog.text
 
 
 def test_where_not_every_step_is_logged_more_may_be_lost(tmp_path):
