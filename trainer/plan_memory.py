@@ -1,6 +1,6 @@
 """Bytes that a rank will hold at most, by part: what ZeRO shards, what it copies, activations.
 
-The sums follow DeepSpeed as `trainer.runtime.engine` sets it; `benchmarks/foresight.py` compares
+The sums follow DeepSpeed as `trainer.runtime.engine` sets it; `benchmarks/plan.py` compares
 them with what real ranks hold. On GPUs nothing was measured: what a CUDA context, NCCL, cuDNN and
 a fragmented allocator take on top is assumed.
 """
@@ -256,11 +256,17 @@ def _moments(cfg: TrainConfig, accumulation_steps: int) -> Iterator[_Moment]:
             yield _Moment(whole, 0.0, 2 * whole if at_once else buckets)
             yield _Moment(share * width, 0.0, updated)
         case 2:
+            # gloo adds fp32 up in the bucket itself; all else is copied from there.
+            is_in_place = cfg.cluster.device == "cpu" and width == 4
+            copied = 0 if is_in_place else min(params, bucket) * width
+            before = share * width if kept else 0.0
             for moment in _backward(cfg):
-                behind = min(moment.num_gradients, params)
-                waiting = min(behind, bucket) * width
-                reduced = (params if kept else max(behind - bucket, 0)) / ranks * width
-                yield _Moment(waiting + reduced, _activations(cfg, moment), buckets)
+                exchanged = moment.num_gradients > bucket
+                there = before + exchanged * share * width
+                yield _Moment(there, _activations(cfg, moment), buckets + exchanged * copied)
+            there = before + (params > bucket) * share * width
+            yield _Moment(there, 0.0, buckets + copied)
+            yield _Moment(before + share * width, 0.0, buckets)
             yield _Moment(share * width, 0.0, updated)
         case _:
             live = min(cfg.num_parameters // LIVE_PART, MAX_BUCKET_NUMBERS) * width
