@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.plan import held, planned_bytes, words_of
 from benchmarks.held_rank import build_counter
+from benchmarks.plan import held, planned_bytes, words_of
 from trainer.runtime.compiled import build_cpu_op
 
 pytestmark = pytest.mark.multiproc
