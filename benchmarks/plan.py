@@ -1,149 +1,146 @@
-"""How fast are rows of metadata judged by a policy and planned, and in how much memory?"""
+"""Do ranks hold what `kiln plan` says, and what do logs, ledger and meters cost a step?"""
 
 import json
-import subprocess
-import sys
 import tempfile
-from functools import cache, partial
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from benchmarks.harness import Case, claim_at_least, claim_at_most, measure, seconds, write_result
-from data_prep.config import PrepareConfig
-from data_prep.policy import broken_rule_sql, load_lists, make_rules, plain_policy
-from data_prep.rows import connect, open_source, rows_sql, source_files
+from benchmarks.harness import Claim, Row, claim_at_most, row_of, write_result
+from benchmarks.held_rank import build_counter
+from trainer.config import TrainConfig
 from trainer.frozen import compose
+from trainer.plan import make_plan
+from trainer.plan_memory import predict_memory
+from trainer.runtime.compiled import build_cpu_op
+from trainer.runtime.local import run_ranks
 
-SIZES = (10_000, 100_000, 1_000_000)
-RULES = {
-    "min_side_px": 256,
-    "max_aspect_ratio": 3,
-    "min_caption_chars": 5,
-    "min_similarity": 0.28,
-    "max_punsafe": 0.5,
-    "max_pwatermark": 0.8,
-    "denied_top_level_domains": ["test"],
+WORLDS = (1, 2, 4)
+STAGES = (0, 1, 2, 3)
+LARGE = (
+    "model.block_channels=[128,256,512]",
+    "model.norm_groups=32",
+    "model.num_parameters=64548356",
+)
+CASES: dict[str, tuple[str, ...]] = {
+    "4.8 M parameters, fp32": (),
+    "4.8 M, fp32, 32 images": ("batch.micro_batch_images=32",),
 }
-_PLAN = """
-import json, pathlib, sys, time
-from data_prep.config import PrepareConfig
-from data_prep.plan import make_plan
-from data_prep.policy import plain_policy
-from trainer.frozen import compose
-cfg = compose(PrepareConfig, "prepare", json.loads(sys.argv[1]))
-started_s = time.perf_counter()
-make_plan(cfg, plain_policy(safety="not_laion"), cfg.scratch_folder)
-status = pathlib.Path("/proc/self/status").read_text()
-peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
-print(json.dumps([time.perf_counter() - started_s, peak_mib]))
-"""
+MORE: dict[str, tuple[str, ...]] = {
+    "4.8 M, bf16": ("engine.precision=bf16",),
+    "4.8 M, fp32, 32 images, recomputed": (
+        "batch.micro_batch_images=32",
+        "engine.activation_checkpointing=true",
+    ),
+    "4.8 M, fp32, 2 micro-batches a step": ("batch.global_batch_images=4", "total_images=8"),
+    "64.5 M, fp32": LARGE,
+}
+STEPS = 2
+ACCOUNT_STEPS = 60
+_MIB = 2**20
 
 
-@cache
-def source(folder: Path, num_rows: int) -> Path:
-    """Write rows as wide as LAION's; give the parquet."""
-    dice = np.random.default_rng(0)
-    numbers = np.arange(num_rows)
-    table = pa.table(
-        {
-            "URL": [f"https://host{i % 997}.example.com/a/path/{i}/image.jpg" for i in numbers],
-            "TEXT": [f"the caption of picture {i}, with a few more words" for i in numbers],
-            "WIDTH": dice.integers(64, 2048, num_rows),
-            "HEIGHT": dice.integers(64, 2048, num_rows),
-            "similarity": dice.uniform(0.2, 0.4, num_rows),
-            "punsafe": dice.uniform(0, 1, num_rows),
-            "pwatermark": dice.uniform(0, 1, num_rows),
+def words_of(world: int, stage: int, changes: Sequence[str]) -> list[str]:
+    """Write a run of two steps, one micro-batch each."""
+    micro = next((w.split("=")[1] for w in changes if w.startswith("batch.micro")), "1")
+    batch = world * int(micro)
+    return [
+        "data.dataset=none",
+        "batch.micro_batch_images=1",
+        f"total_images={STEPS * batch}",
+        f"batch.global_batch_images={batch}",
+        f"cluster.ranks_per_node={world}",
+        f"engine.zero_stage={stage}",
+        *changes,
+    ]
+
+
+def held(folder: Path, counter: Path | None, words: Sequence[str], world: int) -> dict[str, float]:
+    """Run real ranks; return what rank 0 wrote."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        out = Path(scratch) / "out.json"
+        told = {
+            "words": [*words, f"run={scratch}"],
+            "counter": str(counter) if counter else None,
+            "out": str(out),
         }
-    )
-    path = folder / f"{num_rows}.parquet"
-    pq.write_table(table, path, row_group_size=100_000)
-    return path
-
-
-def judge(folder: Path, num_rows: int) -> None:
-    """Count the rows for every reason, on one core."""
-    path = str(source(folder, num_rows))
-    cfg = compose(PrepareConfig, "prepare", [f"rows={path}", f"dataset={folder}"])
-    policy = plain_policy(**RULES)
-    with connect(folder / "spill", memory_gb=1, threads=1) as connection:
-        found = open_source(connection, source_files(path), cfg.columns)
-        load_lists(connection, policy)
-        query = rows_sql(cfg.columns, found, broken_rule_sql(make_rules(policy, found)))
-        connection.execute(f"SELECT reason, count(*) FROM ({query}) GROUP BY reason").fetchall()
-
-
-def judge_with_pandas(folder: Path, num_rows: int) -> None:
-    """Judge by the same rules with masks over a data frame, as DataComp's baselines do."""
-    rows = pd.read_parquet(source(folder, num_rows))
-    sides = rows[["WIDTH", "HEIGHT"]]
-    host = rows["URL"].str.extract(r"^https?://([^/:?#]+)", expand=False)
-    good = (sides.min(axis=1) >= 256) & (sides.max(axis=1) <= 3 * sides.min(axis=1))
-    good &= rows["TEXT"].str.len() >= 5
-    good &= (rows["similarity"] >= 0.28) & (rows["punsafe"] <= 0.5) & (rows["pwatermark"] <= 0.8)
-    good &= ~host.str.endswith(".test")
-    good.value_counts()
-
-
-def plan(folder: Path, num_rows: int, *, value: int) -> float:
-    """Plan all rows in a process of their own; give its seconds (0) or its peak MiB (1)."""
-    with tempfile.TemporaryDirectory(dir=folder) as dataset:
-        words = [f"rows={source(folder, num_rows)}", f"dataset={dataset}", "processes=1"]
-        words.append("plan_memory_gb=0.25")
-        done = subprocess.run(
-            [sys.executable, "-c", _PLAN, json.dumps(words)],
-            check=True,
-            capture_output=True,
-            text=True,
+        run_ranks(
+            "benchmarks.held_rank",
+            [json.dumps(told)],
+            num_ranks=world,
+            log_dir=Path(scratch),
+            env={"OMP_NUM_THREADS": "1"},
         )
-    return float(json.loads(done.stdout)[value])
+        found: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
+    return found
+
+
+def planned_bytes(words: Sequence[str]) -> float:
+    """Return what a plan says of the same run."""
+    cfg = compose(TrainConfig, "train", list(words))
+    return predict_memory(cfg, accumulation_steps=make_plan(cfg).accumulation_steps).device_bytes
+
+
+def memory(folder: Path, counter: Path) -> tuple[list[Row], list[Claim]]:
+    """Measure every stage on every number of ranks, and other cases on two."""
+    rows, worst = [], 0.0
+    asked = [
+        (name, changes, world, stage)
+        for name, changes in CASES.items()
+        for world in WORLDS
+        for stage in STAGES
+    ]
+    asked += [(name, changes, 2, stage) for name, changes in MORE.items() for stage in (1, 2, 3)]
+    for name, changes, world, stage in asked:
+        words = words_of(world, stage, changes)
+        measured = held(folder, counter, words, world)["most_bytes"]
+        planned = planned_bytes(words)
+        worst = max(worst, abs(measured / planned - 1))
+        case = f"{name}, {world} rank(s), ZeRO {stage}"
+        for system, value in (("measured", measured), ("`kiln plan`", planned)):
+            rows.append(
+                row_of(
+                    [value / _MIB], case=case, system=system, metric="memory per rank", unit="MiB"
+                )
+            )
+    text = f"of {len(asked)} cases the one that is furthest from its plan: share of the plan"
+    return rows, [claim_at_most(text, measured=worst, target=0.05)]
+
+
+def account_costs(folder: Path) -> tuple[list[Row], list[Claim]]:
+    """Measure what is written and metered beside training, on two ranks."""
+    words = [
+        *words_of(2, 1, ("batch.micro_batch_images=16",)),
+        f"total_images={ACCOUNT_STEPS * 32}",
+        "checkpoint.every_images=1000000",
+        "logging.wandb=off",
+        "logging.quiet=true",
+    ]
+    found = held(folder, None, words, 2)
+    case = "the demo's network, 2 ranks"
+    rows = [
+        row_of([found["step_s"]], case=case, system="kiln", metric="step", unit="s"),
+        row_of([found["with"]], case=case, system="kiln", metric="collectives a step", unit=""),
+    ]
+    return rows, [
+        claim_at_most(
+            "logs, ledger and meters: share of a step", measured=found["share"], target=0.01
+        ),
+        claim_at_most(
+            "collectives that accounts add to a step",
+            measured=found["with"] - found["without"],
+            target=0.0,
+        ),
+    ]
 
 
 def main() -> None:
     """Measure and write the result."""
+    build_cpu_op()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cases = []
-        for size in SIZES:
-            case = partial(Case, case=f"{size:,} rows")
-            for system, how in (("kiln", judge), ("pandas", judge_with_pandas)):
-                source(folder, size)
-                run = seconds(partial(how, folder, size))
-                package = "duckdb" if system == "kiln" else "pandas"
-                named = partial(case, system=system, packages=(package,))
-                cases.append(named(metric="judging, one core", unit="s", run=run))
-            for value, metric, unit in ((0, "planning", "s"), (1, "planning, peak memory", "MiB")):
-                run = partial(plan, folder, size, value=value)
-                cases.append(case(system="kiln", metric=metric, unit=unit, run=run))
-        rows = measure(cases, repetitions=3)
-    median = {(row.case, row.system, row.metric): row.median for row in rows}
-    most, hundred = f"{SIZES[-1]:,} rows", f"{SIZES[-2]:,} rows"
-    judged_s = median[most, "kiln", "judging, one core"]
-    write_result(
-        "plan",
-        question=str(__doc__),
-        rows=rows,
-        claims=[
-            claim_at_least(
-                "A core judges a million rows of metadata a second",
-                measured=SIZES[-1] / judged_s,
-                target=1e6,
-            ),
-            claim_at_least(
-                "no slower than masks over a pandas data frame",
-                measured=median[most, "pandas", "judging, one core"] / judged_s,
-                target=1.0,
-            ),
-            claim_at_most(
-                "Planning grows no faster than the rows: ten times the rows take",
-                measured=median[most, "kiln", "planning"] / median[hundred, "kiln", "planning"],
-                target=12.0,
-            ),
-        ],
-    )
+        rows, claims = memory(folder, build_counter(folder))
+        more, more_claims = account_costs(folder)
+    write_result("plan", question=str(__doc__), rows=[*rows, *more], claims=[*claims, *more_claims])
 
 
 if __name__ == "__main__":

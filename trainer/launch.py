@@ -25,7 +25,7 @@ from trainer.errors import BadInput, BadWorld
 from trainer.frozen import freeze, thaw
 from trainer.place import storage
 from trainer.plan import make_plan
-from trainer.plan_forecast import check_memory, predictions
+from trainer.plan_forecast import check_run, in_short, predictions
 from trainer.plan_memory import checkpoint_gib
 from trainer.runtime.local import ALLOCATOR_ENV
 from trainer.runtime.rundir import SAVED, freeze_config, locked
@@ -53,7 +53,8 @@ def run(cfg: LaunchConfig) -> int:
     if cfg.dry_run:
         planned = planned_begin(cfg, job, [folder])
         told = f"# {planned.words}\n" if planned.words else ""
-        sys.stdout.write(f"{told}# sbatch {train.run}/{SCRIPT}\n{sbatch_script(planned.job)}")
+        told += f"# plan: {in_short(train)}\n# sbatch {train.run}/{SCRIPT}\n"
+        sys.stdout.write(told + sbatch_script(planned.job))
         return 0
     check_datasets(train)
     check_fits(job)
@@ -188,7 +189,7 @@ def jobs_of(cfg: TrainConfig, name: str, *, home: Path | None = None) -> tuple[J
             f"cluster.kind={cluster.kind}: `kiln launch` is for Slurm. Give a cluster= of kind "
             "slurm, such as cluster=example, or use `kiln train` on this machine."
         )
-    check_memory(cfg)
+    check_run(cfg)
     _check_time_to_save(cfg, slurm)
     gpus = cluster.ranks_per_node if cluster.device == "cuda" else 0
     try:
@@ -211,7 +212,7 @@ def jobs_of(cfg: TrainConfig, name: str, *, home: Path | None = None) -> tuple[J
             command=(sys.executable, "-m", "slurm.batch", str(folder)),
         )
     except ValueError as error:
-        raise BadInput(f"cluster: {error}") from error
+        raise BadInput(f"cluster: {str(error).replace('Try ', 'Try cluster.')}") from error
     options, prefix, python = _inside(slurm.container, home or folder)
     spec = RunSpec(
         ranks_per_node=cluster.ranks_per_node,

@@ -9,11 +9,13 @@ from trainer.observe.carbon import grid_of
 from trainer.plan_memory import (
     GIB,
     checkpoint_gib,
+    micro_batches,
     num_ranks,
     num_trained,
     predict_memory,
     state_bytes,
 )
+from trainer.plan_options import what_fits
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,10 @@ def make_plan(cfg: TrainConfig, *, step: int = 0, images_seen: int = 0) -> Plan:
     per_pass = micro * ranks
     accumulation_steps, rest = divmod(batch, per_pass)
     if rest or not accumulation_steps:
-        below, above = max(accumulation_steps, 1) * per_pass, (accumulation_steps + 1) * per_pass
-        advice = f"{below} or {above}" if below != above else f"{below}"
         raise BadInput(
             f"batch.global_batch_images={batch} is not a multiple of "
-            f"batch.micro_batch_images x ranks = {micro} x {ranks} = {per_pass}. Try {advice}."
+            f"batch.micro_batch_images x ranks = {micro} x {ranks} = {per_pass}. "
+            f"Try {' or '.join(_batches_that_divide(cfg))}."
         )
     weights, gradients, optimizer, ema = state_bytes(cfg)
     states = optimizer + ema
@@ -65,8 +66,7 @@ def make_plan(cfg: TrainConfig, *, step: int = 0, images_seen: int = 0) -> Plan:
             "weights, gradients, optimizer and EMA take "
             f"{(weights + gradients + states) / GIB:.1f} GiB per rank at "
             f"engine.zero_stage={cfg.engine.zero_stage} on {ranks} ranks, "
-            f"cluster.device_memory_gib={cfg.cluster.device_memory_gib:g}. Try a higher "
-            "engine.zero_stage, more ranks or a smaller model."
+            f"cluster.device_memory_gib={cfg.cluster.device_memory_gib:g}. {what_fits(cfg)}"
         )
     return Plan(
         num_ranks=ranks,
@@ -77,6 +77,18 @@ def make_plan(cfg: TrainConfig, *, step: int = 0, images_seen: int = 0) -> Plan:
         weights_gib=(weights + gradients) / GIB,
         states_gib=states / GIB,
     )
+
+
+def _batches_that_divide(cfg: TrainConfig) -> Iterator[str]:
+    """Yield what to type: the next smaller micro-batch, and the global batches beside this one."""
+    batch, micro = cfg.batch.global_batch_images, cfg.batch.micro_batch_images
+    smaller = [each for each in micro_batches(cfg) if each < micro]
+    if smaller:
+        yield f"batch.micro_batch_images={smaller[-1]}"
+    per_pass = micro * num_ranks(cfg)
+    passes = batch // per_pass
+    for times in range(max(passes, 1), passes + 2):
+        yield f"batch.global_batch_images={times * per_pass}"
 
 
 def _model_words(cfg: TrainConfig) -> str:

@@ -13,6 +13,7 @@ from slurm.runfile import PLAN, read_json
 from trainer.errors import BadInput
 from trainer.observe.evaluations import METRICS
 from trainer.observe.jsonl import read_rows
+from trainer.plan_speed import rounded
 
 _RATE = "speed/images_per_s"
 
@@ -45,11 +46,11 @@ def compare(run: Path, console: Console | None = None) -> int:
     console = console or Console()
     table = Table("", "planned", "measured", "measured / planned", box=None, pad_edge=False)
     for pair in pairs(run):
-        planned = _number(pair.planned)
+        planned = _words(pair.planned)
         if pair.between:
-            planned += f" ({_number(pair.between[0])} to {_number(pair.between[1])})"
+            planned += f" ({rounded(pair.between[0])} to {rounded(pair.between[1])})"
         name = f"{pair.name} ({pair.unit})" if pair.unit else pair.name
-        table.add_row(name, planned, _number(pair.measured), _number(pair.ratio))
+        table.add_row(name, planned, _words(pair.measured), _words(pair.ratio))
     console.print(table, highlight=False)
     return 0
 
@@ -82,7 +83,12 @@ def _pairs(
     yield Pair("images/s", "", mid, _median(rows, _RATE), between)
     yield Pair("MFU", "frac", said.get("mfu_frac"), _median(rows, "speed/mfu_frac"))
     memory = [row["memory/peak_gib"] for row in rows if row.get("memory/peak_gib") is not None]
-    yield Pair("memory per rank", "GiB", said.get("memory_gib"), max(memory, default=None))
+    tensors_gib, peak_gib = said.get("tensors_gib"), max(memory, default=None)
+    if said.get("on_host"):  # CPUs: nothing counts tensors apart from the process
+        yield Pair("tensors of a rank", "GiB", tensors_gib, None)
+        yield Pair("process of a rank, libraries too", "GiB", None, peak_gib)
+    else:
+        yield Pair("tensors of a rank", "GiB", tensors_gib, peak_gib)
     yield Pair("energy", "J/image", said.get("j_per_image"), _median(rows, "energy/j_per_image"))
     yield Pair("wall time so far", "h", said.get("wall_h"), wall_h)
 
@@ -98,5 +104,5 @@ def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return median(found[len(found) // 2 :]) if found else None
 
 
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{float(f'{value:.3g}'):,.10g}"
+def _words(value: float | None) -> str:
+    return "unknown" if value is None else rounded(value)

@@ -1,6 +1,7 @@
 """All predictions of a run together: what a page shows, and what RUN/plan.json keeps."""
 
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from trainer.hardware import Accelerator
 from trainer.observe.carbon import Rate, rates
 from trainer.plan import Plan, make_plan
 from trainer.plan_memory import GIB, Memory, predict_memory
-from trainer.plan_needs import Failures, Needs, predict_needs
-from trainer.plan_options import fitting
+from trainer.plan_needs import RESTART_S, Failures, Needs, predict_needs
+from trainer.plan_options import what_fits
 from trainer.plan_speed import Speed, accelerator_of, predict_speed
 
 RSC_MTTF_GPU_H = 7.9 * 1024
@@ -46,7 +47,10 @@ def forecast(cfg: TrainConfig) -> Forecast:
     Raises:
         BadInput: The run cannot work; says with which value it would.
     """
-    plan = check_memory(cfg)
+    return _forecast(cfg, check_run(cfg))
+
+
+def _forecast(cfg: TrainConfig, plan: Plan) -> Forecast:
     memory = predict_memory(cfg, accumulation_steps=plan.accumulation_steps)
     speed, gpu = predict_speed(cfg, accumulation_steps=plan.accumulation_steps), accelerator_of(cfg)
     carbon, price = rates(cfg.accounts)
@@ -68,38 +72,54 @@ def forecast(cfg: TrainConfig) -> Forecast:
     )
 
 
-def check_memory(cfg: TrainConfig) -> Plan:
-    """Make a plan, and refuse a run whose activations do not fit.
+def check_run(cfg: TrainConfig) -> Plan:
+    """Make a plan, and refuse a run whose activations do not fit, or whose jobs are too short.
 
     Raises:
-        BadInput: They do not; says which stage and micro-batch would.
+        BadInput: It cannot work; says with which value it would.
     """
     plan = make_plan(cfg)
+    _check_memory(cfg, plan)
+    _check_time_to_train(cfg, predict_speed(cfg, accumulation_steps=plan.accumulation_steps))
+    return plan
+
+
+def _check_memory(cfg: TrainConfig, plan: Plan) -> None:
     memory = predict_memory(cfg, accumulation_steps=plan.accumulation_steps)
     limit_gib = cfg.cluster.device_memory_gib
-    if memory.device_bytes <= limit_gib * GIB:
-        return plan
-    found = fitting(cfg)
-    raise BadInput(
-        f"batch.micro_batch_images={cfg.batch.micro_batch_images} takes "
-        f"{memory.device_bytes / GIB:.1f} GiB per rank, {memory.activations_bytes / GIB:.1f} of it "
-        f"activations, and cluster.device_memory_gib={limit_gib:g}. "
-        + (
-            f"Try {' '.join(found)}."
-            if found
-            else "No stage and no micro-batch of it fit: give it more memory, or a smaller model."
+    if memory.device_bytes > limit_gib * GIB:
+        raise BadInput(
+            f"batch.micro_batch_images={cfg.batch.micro_batch_images} takes "
+            f"{memory.device_bytes / GIB:.1f} GiB per rank, {memory.activations_bytes / GIB:.1f} "
+            f"of it activations, and cluster.device_memory_gib={limit_gib:g}. {what_fits(cfg)}"
         )
-    )
+
+
+def _check_time_to_train(cfg: TrainConfig, speed: Speed | None) -> None:
+    """Refuse Slurm jobs that end before they have trained."""
+    if speed is None or cfg.cluster.kind != "slurm":
+        return
+    least_s = RESTART_S + cfg.cluster.warn_before_kill_s + speed.step_s.mid
+    if cfg.cluster.time_limit_min * 60 < least_s:
+        raise BadInput(
+            f"cluster.time_limit_min={cfg.cluster.time_limit_min} leaves no time for a step: ranks "
+            f"start in {RESTART_S:g} s (assumed), a step takes {speed.step_s.mid:.3g} s, and "
+            f"cluster.warn_before_kill_s={cfg.cluster.warn_before_kill_s} are kept for the last "
+            f"checkpoint. Try cluster.time_limit_min={ceil(2 * least_s / 60)}."
+        )
 
 
 def predictions(cfg: TrainConfig) -> dict[str, Any]:
     """Say what can be compared with what is measured later, for RUN/plan.json."""
     plan = make_plan(cfg)
     memory = predict_memory(cfg, accumulation_steps=plan.accumulation_steps)
-    found: dict[str, Any] = {"memory_gib": memory.device_bytes / GIB}
+    found: dict[str, Any] = {
+        "tensors_gib": (memory.device_bytes - memory.runtime_bytes) / GIB,
+        "on_host": memory.on_host,
+    }
     if accelerator_of(cfg) is None:
         return found
-    made = forecast(cfg)
+    made = _forecast(cfg, plan)
     if made.speed is not None and made.needs is not None:
         rate, kwh = made.speed.images_per_s, made.needs.kwh.mid / cfg.accounts.pue
         found |= {
@@ -109,6 +129,25 @@ def predictions(cfg: TrainConfig) -> dict[str, Any]:
             "wall_h": made.needs.wall_h.mid,
         }
     return found
+
+
+def in_short(cfg: TrainConfig) -> str:
+    """Say in a line what a run takes.
+
+    Raises:
+        BadInput: As `forecast`.
+    """
+    made = forecast(cfg)
+    found = [
+        f"{made.memory.device_bytes / GIB:,.2f} GiB of {cfg.cluster.device_memory_gib:g} per rank"
+    ]
+    if made.speed is not None and made.needs is not None:
+        found += [
+            f"{made.speed.images_per_s} images/s",
+            f"{made.needs.wall_h} h with queues",
+            f"{made.needs.gpu_hours} GPU h",
+        ]
+    return "; ".join(found)
 
 
 def failures_of(cfg: TrainConfig, runs: Path) -> Failures:

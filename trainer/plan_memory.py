@@ -1,6 +1,6 @@
 """Bytes that a rank will hold at most, by part: what ZeRO shards, what it copies, activations.
 
-The sums follow DeepSpeed as `trainer.runtime.engine` sets it; `benchmarks/foresight.py` compares
+The sums follow DeepSpeed as `trainer.runtime.engine` sets it; `benchmarks/plan.py` compares
 them with what real ranks hold. On GPUs nothing was measured: what a CUDA context, NCCL, cuDNN and
 a fragmented allocator take on top is assumed.
 """
@@ -199,15 +199,23 @@ def micro_batches(cfg: TrainConfig) -> list[int]:
     return [micro for micro in range(1, per_rank + 1) if per_rank % micro == 0]
 
 
-def largest_micro_batch(cfg: TrainConfig) -> int | None:
+def largest_micro_batch(cfg: TrainConfig, *, at_most: int | None = None) -> int | None:
     """Find the largest micro-batch that fits and divides the global batch; None: none does."""
-    limit = cfg.cluster.device_memory_gib * GIB
     for micro in reversed(micro_batches(cfg)):
-        changed = with_micro_batch(cfg, micro)
-        steps = cfg.batch.global_batch_images // (micro * num_ranks(cfg))
-        if predict_memory(changed, accumulation_steps=steps).device_bytes <= limit:
+        if (at_most is None or micro <= at_most) and fits(with_micro_batch(cfg, micro)):
             return micro
     return None
+
+
+def fits(cfg: TrainConfig) -> bool:
+    """Say whether a run whose batch divides fits on its devices."""
+    return memory_of(cfg).device_bytes <= cfg.cluster.device_memory_gib * GIB
+
+
+def memory_of(cfg: TrainConfig) -> Memory:
+    """Predict what a rank of a run holds whose batch divides."""
+    steps = cfg.batch.global_batch_images // (cfg.batch.micro_batch_images * num_ranks(cfg))
+    return predict_memory(cfg, accumulation_steps=steps)
 
 
 def with_micro_batch(cfg: TrainConfig, micro: int) -> TrainConfig:
@@ -256,11 +264,17 @@ def _moments(cfg: TrainConfig, accumulation_steps: int) -> Iterator[_Moment]:
             yield _Moment(whole, 0.0, 2 * whole if at_once else buckets)
             yield _Moment(share * width, 0.0, updated)
         case 2:
+            # gloo adds fp32 up in the bucket itself; all else is copied from there.
+            is_in_place = cfg.cluster.device == "cpu" and width == 4
+            copied = 0.0 if is_in_place else min(params, bucket) * float(width)
+            before = share * width if kept else 0.0
             for moment in _backward(cfg):
-                behind = min(moment.num_gradients, params)
-                waiting = min(behind, bucket) * width
-                reduced = (params if kept else max(behind - bucket, 0)) / ranks * width
-                yield _Moment(waiting + reduced, _activations(cfg, moment), buckets)
+                exchanged = moment.num_gradients > bucket
+                sharded = before + exchanged * share * width
+                yield _Moment(sharded, _activations(cfg, moment), buckets + exchanged * copied)
+            sharded = before + (params > bucket) * share * width
+            yield _Moment(sharded, 0.0, buckets + copied)
+            yield _Moment(before + share * width, 0.0, buckets)
             yield _Moment(share * width, 0.0, updated)
         case _:
             live = min(cfg.num_parameters // LIVE_PART, MAX_BUCKET_NUMBERS) * width

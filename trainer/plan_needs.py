@@ -6,7 +6,7 @@ restart at each (Young 1974, Daly 2006).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import expm1, sqrt
+from math import ceil, expm1, sqrt
 
 from trainer.config import AutoencoderModelConfig, TrainConfig
 from trainer.data.manifest import ShardEntry
@@ -59,13 +59,13 @@ class Needs:
     """Of the time, for saving and for failures, at the best interval."""
     loss_frac: float
     """The same as configured."""
-    num_jobs: float
+    num_jobs: int
     """Slurm jobs one after the other, by their time limit."""
     num_failures: float
     train_h: Band
     """Steps alone."""
     run_h: Band
-    """With checkpoints, failures and restarts: nodes are held."""
+    """With checkpoints, failures, and the start of each job: nodes are held."""
     wall_h: Band
     """With queues."""
     gpu_hours: Band
@@ -153,9 +153,8 @@ def predict_needs(
     best_s = max(best_interval_s(stall_s, mttf_s), write_s, speed.step_s.mid)
     ratio = _overhead(interval_s, stall_s, mttf_s)
     train_s = speed.step_s.scaled(steps)
-    run_s = train_s.scaled(ratio)
-    limit_s = cfg.cluster.time_limit_min * 60.0
-    jobs = max(1.0, run_s.mid / limit_s) if cfg.cluster.kind == "slurm" else 1.0
+    jobs = _num_jobs(cfg, train_s.mid * ratio)
+    run_s = Band(*(seconds * ratio + RESTART_S * jobs for seconds in _values(train_s)))
     queue_s = QUEUE_S * jobs if cfg.cluster.kind == "slurm" else 0.0
     run_h = run_s.scaled(1 / _S_PER_H)
     gpu_hours = run_h.scaled(ranks)
@@ -184,6 +183,15 @@ def predict_needs(
         gpu_cost=None if rate is None else gpu_hours.scaled(rate),
         energy_cost=kwh.scaled(price.mean(*span)) if price else None,
     )
+
+
+def _num_jobs(cfg: TrainConfig, run_s: float) -> int:
+    """Count the jobs that a run takes: each starts, trains, and saves when it is warned."""
+    if cfg.cluster.kind != "slurm":
+        return 1
+    limit_s = cfg.cluster.time_limit_min * 60.0
+    useful_s = limit_s - cfg.cluster.warn_before_kill_s - RESTART_S
+    return ceil(run_s / useful_s) if useful_s > 0 else 1
 
 
 def _overhead(interval_s: float, stall_s: float, mttf_s: float) -> float:

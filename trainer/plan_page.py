@@ -8,6 +8,7 @@ beside what was measured.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from shutil import get_terminal_size
 
 from rich.console import Console
 from rich.table import Table
@@ -18,11 +19,20 @@ from trainer.data import mixture
 from trainer.datasets import dataset_places, find_datasets, weights_of
 from trainer.errors import BadInput
 from trainer.hardware import ACCELERATORS
+from trainer.launch import jobs_of
 from trainer.place import storage
 from trainer.plan import rows
 from trainer.plan_compare import compare
 from trainer.plan_forecast import Forecast, forecast
-from trainer.plan_memory import GIB, largest_micro_batch, num_averages, num_ranks, predict_memory
+from trainer.plan_memory import (
+    GIB,
+    largest_micro_batch,
+    memory_of,
+    micro_batches,
+    num_averages,
+    num_ranks,
+    with_micro_batch,
+)
 from trainer.plan_needs import (
     NODE_SHARE,
     POWER_SHARE,
@@ -38,23 +48,28 @@ from trainer.plan_speed import (
     Band,
     constants,
     network_gb_per_s,
+    rounded,
 )
 
 PIPED_WIDTH = 110
 """Columns of a page that no terminal shows."""
+MOST_MICRO_BATCHES = 6
 Row = tuple[str, str]
 
 
 def main(argv: Sequence[str]) -> int:
-    """`kiln plan [experiment=...] [key=value ...]`, or `kiln plan compare=RUN`."""
+    """`kiln plan [experiment=...] [key=value ...]`, or `kiln plan compare=RUN`.
+
+    Raises:
+        BadInput: No run is given to compare, or it cannot be compared.
+    """
     words = list(argv)
-    if "--compare" in words[:-1]:
-        at = words.index("--compare")
-        words[at : at + 2] = [f"compare={words[at + 1]}"]
-    for word in words:
-        key, _, run = word.partition("=")
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        key, _, run = word.removeprefix("--").partition("=")
         if key == "compare":
-            return compare(Path(run))
+            if not (run or after):
+                raise BadInput("--compare has no run. Give it: kiln plan --compare RUN.")
+            return compare(Path(run or after))
     if not any(word.startswith("data.dataset=") for word in words):
         words.append("data.dataset=none")
     return run_command(show, TrainConfig, "train", words, name="plan")
@@ -66,9 +81,11 @@ def show(cfg: TrainConfig) -> int:
     Raises:
         BadInput: The run cannot work; says with which value it would.
     """
+    if cfg.cluster.kind == "slurm":
+        jobs_of(cfg, "plan")
     console = Console()
     if not console.is_terminal:
-        console.width = PIPED_WIDTH
+        console.width = get_terminal_size((PIPED_WIDTH, 0)).columns
     page(cfg, console)
     return 0
 
@@ -81,7 +98,7 @@ def page(cfg: TrainConfig, console: Console) -> None:
     """
     made = forecast(cfg)
     _section(console, "Run", rows(cfg, made.plan))
-    _section(console, "Memory per rank", memory_rows(cfg, made))
+    _memory(console, cfg, made)
     _section(console, "Speed", speed_rows(cfg, made))
     _section(console, "Time, failures, checkpoints", time_rows(cfg, made))
     _section(console, "Cost", cost_rows(cfg, made))
@@ -91,47 +108,72 @@ def page(cfg: TrainConfig, console: Console) -> None:
 
 
 def _section(console: Console, title: str, found: Iterator[Row]) -> None:
+    console.print(f"\n[bold]{title}[/]", highlight=False)
+    _rows(console, found)
+
+
+def _rows(console: Console, found: Iterator[Row]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, title_justify="left")
     table.add_column(min_width=18, no_wrap=True)
     table.add_column(overflow="fold")
     for what, how_much in found:
         table.add_row(what, how_much)
-    console.print(f"\n[bold]{title}[/]", highlight=False)
     console.print(table, highlight=False)
 
 
+def _memory(console: Console, cfg: TrainConfig, made: Forecast) -> None:
+    """Print a rank's bytes by part at each stage, when it holds most, and what follows."""
+    stages = dict(with_stages(cfg))
+    table = Table("", *(f"ZeRO {stage}" for stage in stages), box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.columns[0].min_width, table.columns[0].no_wrap = 18, True
+    parts = [memory_parts(changed) for changed in stages.values()]
+    for name in parts[0]:
+        if any(part[name] for part in parts):
+            table.add_row(name, *(f"{part[name] / GIB:,.2f}" for part in parts))
+    console.print("\n[bold]Memory per rank[/], in GiB, when it holds most", highlight=False)
+    console.print(table, highlight=False)
+    _rows(console, memory_rows(cfg, made))
+
+
+def memory_parts(cfg: TrainConfig) -> dict[str, float]:
+    """Give a rank's bytes by part, with their sum."""
+    memory = memory_of(cfg)
+    return {
+        "weights": memory.weights_bytes,
+        "gradients": memory.gradients_bytes,
+        "optimizer": memory.optimizer_bytes,
+        f"averages ({num_averages(cfg)})": memory.ema_bytes,
+        "activations": memory.activations_bytes,
+        "buffers": memory.buffers_bytes,
+        "runtime, assumed": memory.runtime_bytes,
+        "offloaded": -memory.offloaded_bytes,
+        "checkpoint's copy": memory.snapshot_bytes if memory.on_host else 0.0,
+        "total": memory.device_bytes,
+    }
+
+
 def memory_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
-    """Yield a rank's bytes by part, and what other stages and micro-batches take."""
-    memory = made.memory
-    for name, size in (
-        ("weights", memory.weights_bytes),
-        ("gradients", memory.gradients_bytes),
-        ("optimizer", memory.optimizer_bytes),
-        (f"averages ({num_averages(cfg)})", memory.ema_bytes),
-        ("activations", memory.activations_bytes),
-        ("buffers", memory.buffers_bytes),
-        ("runtime, assumed", memory.runtime_bytes),
-        ("offloaded", -memory.offloaded_bytes),
-    ):
-        if size:
-            yield name, _gib(size)
-    if memory.on_host:
-        yield "checkpoint's copy", _gib(memory.snapshot_bytes)
-    yield "total", f"{_gib(memory.device_bytes)} of {cfg.cluster.device_memory_gib:g} GiB"
-    if not memory.on_host:
-        yield (
-            "host memory",
-            f"{_gib(memory.host_bytes)} for the checkpoint's copy and what is there",
-        )
-    steps = made.plan.accumulation_steps
-    totals = (
-        (stage, predict_memory(changed, accumulation_steps=steps).device_bytes)
-        for stage, changed in with_stages(cfg)
+    """Yield what the run takes as it is, and with other micro-batches."""
+    memory, stage = made.memory, cfg.engine.zero_stage
+    yield (
+        "as it is",
+        f"{_gib(memory.device_bytes)} of {cfg.cluster.device_memory_gib:g} GiB at "
+        f"engine.zero_stage={stage}",
     )
-    yield "by ZeRO stage", "; ".join(f"{stage}: {_gib(size)}" for stage, size in totals)
-    if cfg.model.kind != "autoencoder_kl":
-        largest = largest_micro_batch(cfg)
-        yield "largest micro-batch", f"{largest} images fit and divide the batch"
+    if not memory.on_host:
+        offloaded = " and for what is offloaded" if memory.offloaded_bytes else ""
+        yield "host memory", f"{_gib(memory.host_bytes)} for the checkpoint's copy{offloaded}"
+    if cfg.model.kind == "autoencoder_kl":
+        return
+    micros = [micro for micro in micro_batches(cfg) if micro.bit_count() == 1]
+    sizes = [(micro, memory_of(with_micro_batch(cfg, micro)).device_bytes) for micro in micros]
+    yield (
+        "by micro-batch",
+        "; ".join(f"{micro}: {_gib(size)}" for micro, size in sizes[:MOST_MICRO_BATCHES]),
+    )
+    yield "largest micro-batch", f"{largest_micro_batch(cfg)} images fit and divide the batch"
 
 
 def speed_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
@@ -143,14 +185,14 @@ def speed_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
         elif cfg.cluster.device == "cpu":
             yield "unknown", "cluster.device=cpu: give cluster.accelerator with cluster.device=cuda"
         else:
-            yield "unknown", f"give cluster.accelerator, one of {', '.join(ACCELERATORS)}"
+            yield "unknown", f"give cluster.accelerator=NAME, one of {', '.join(ACCELERATORS)}"
         return
     yield (
         "images/s",
-        f"{_band(speed.images_per_s)}; {speed.images_per_s.mid / num_ranks(cfg):,.1f} per GPU",
+        f"{speed.images_per_s}; {speed.images_per_s.mid / num_ranks(cfg):,.1f} per GPU",
     )
-    yield "MFU", f"{_band(speed.mfu_frac.scaled(100))} %"
-    yield "step", f"{_band(speed.step_s)} s"
+    yield "MFU", f"{speed.mfu_frac.scaled(100)} %"
+    yield "step", f"{speed.step_s} s"
     step_s = speed.step_s.mid
     for name, seconds in (
         ("  compute", speed.compute_s),
@@ -177,8 +219,7 @@ def time_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
     yield "with failures", f"{_hours(needs.run_h)} that nodes are held"
     yield (
         "wall time",
-        f"{_hours(needs.wall_h)} with {needs.num_jobs:,.1f} job(s), each queued "
-        f"{QUEUE_S / 3600:g} h",
+        f"{_hours(needs.wall_h)} with {needs.num_jobs:,} job(s), each queued {QUEUE_S / 3600:g} h",
     )
     yield (
         "failures",
@@ -205,24 +246,22 @@ def cost_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
         yield "unknown", "no speed, no cost"
         return
     unit = accounts.currency
-    yield "GPU hours", _band(needs.gpu_hours)
+    yield "GPU hours", str(needs.gpu_hours)
     yield (
         "GPU cost",
-        f"{_band(needs.gpu_cost)} {unit}" if needs.gpu_cost else "give accounts.price_per_gpu_hour",
+        f"{needs.gpu_cost} {unit}" if needs.gpu_cost else "give accounts.price_per_gpu_hour",
     )
     yield (
         "energy",
-        f"{_band(needs.kwh)} kWh (a model of TDPs, no measurement; PUE {accounts.pue:g})",
+        f"{needs.kwh} kWh (a model of TDPs, no measurement; PUE {accounts.pue:g})",
     )
     yield (
         "energy cost",
-        f"{_band(needs.energy_cost)} {unit}"
-        if needs.energy_cost
-        else "give accounts.price_per_kwh",
+        f"{needs.energy_cost} {unit}" if needs.energy_cost else "give accounts.price_per_kwh",
     )
     yield (
         "carbon",
-        f"{_band(needs.kg_co2e)} kgCO2e ({made.carbon.words})"
+        f"{needs.kg_co2e} kgCO2e ({made.carbon.words})"
         if needs.kg_co2e and made.carbon
         else "give accounts.grid, such as DEU",
     )
@@ -270,11 +309,12 @@ def _options(console: Console, cfg: TrainConfig, made: Forecast) -> None:
     )
     columns = ("GPU h", "wall h", "images/s", "MFU %", "GiB", "type")
     table = Table(*columns, box=None, pad_edge=False)
-    for option in found[:NUM_SHOWN]:
+    as_it_is = [option for option in found[NUM_SHOWN:] if not option.words]
+    for option in found[:NUM_SHOWN] + as_it_is:
         table.add_row(
-            f"{option.needs.gpu_hours.mid:,.0f}",
-            f"{option.needs.wall_h.mid:,.0f}",
-            f"{option.speed.images_per_s.mid:,.0f}",
+            rounded(option.needs.gpu_hours.mid),
+            rounded(option.needs.wall_h.mid),
+            rounded(option.speed.images_per_s.mid),
             f"{100 * option.speed.mfu_frac.mid:.1f}",
             f"{option.memory_gib:.1f}",
             " ".join(option.words) or "as it is",
@@ -331,14 +371,5 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.3g} MB"
 
 
-def _band(band: Band) -> str:
-    return f"{_number(band.mid)} ({_number(band.low)} to {_number(band.high)})"
-
-
 def _hours(band: Band) -> str:
-    return f"{_band(band)} h, {band.mid / 24:,.1f} days,"
-
-
-def _number(value: float) -> str:
-    """Three digits say more than is known."""
-    return f"{float(f'{value:.3g}'):,.10g}"
+    return f"{band} h, {band.mid / 24:,.1f} days,"

@@ -61,6 +61,11 @@ _ADAMW_BYTES = 28
 _AVERAGE_BYTES = 12
 
 
+def rounded(value: float) -> str:
+    """Write three digits, which say more than is known."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
 @dataclass(frozen=True, slots=True)
 class Band:
     """A prediction, and between what it may lie."""
@@ -72,6 +77,10 @@ class Band:
     def scaled(self, factor: float) -> "Band":
         """Multiply all three."""
         return Band(self.low * factor, self.mid * factor, self.high * factor)
+
+    def __str__(self) -> str:
+        """Write all three."""
+        return f"{rounded(self.mid)} ({rounded(self.low)} to {rounded(self.high)})"
 
     def inverse(self, of: float) -> "Band":
         """Divide a number by all three."""

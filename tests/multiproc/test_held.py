@@ -1,9 +1,9 @@
-"""What real ranks hold, beside what is planned of them; `benchmarks/foresight.py` has more."""
+"""What real ranks hold, beside what is planned of them; `benchmarks/plan.py` has more."""
 
 import pytest
 
-from benchmarks.foresight import held, planned_bytes, words_of
 from benchmarks.held_rank import build_counter
+from benchmarks.plan import held, planned_bytes, words_of
 from trainer.runtime.compiled import build_cpu_op
 
 pytestmark = pytest.mark.multiproc

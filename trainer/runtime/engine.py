@@ -30,6 +30,15 @@ def adds_in_place(cfg: TrainConfig) -> bool:
     return cfg.cluster.device == "cpu" and engine.zero_stage == 1 and engine.offload == "none"
 
 
+def adds_in_bucket(cfg: TrainConfig) -> bool:
+    """Say whether a bucket of gradients is added up where it lies, and not a copy of it.
+
+    gloo's threads hold such a copy for a while longer, while the next tensors are made.
+    """
+    engine = cfg.engine
+    return cfg.cluster.device == "cpu" and engine.zero_stage == 2 and engine.precision == "fp32"
+
+
 def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
     """Return the DeepSpeed JSON of a run; it is written into the run directory too."""
     engine = cfg.engine
@@ -47,6 +56,7 @@ def deepspeed_config(cfg: TrainConfig, plan: Plan) -> dict[str, Any]:
         # The bucket that gradients are copied into. DeepSpeed's own would hold 2 GB.
         zero["reduce_bucket_size"] = min(cfg.num_parameters, MAX_BUCKET_NUMBERS)
         zero["overlap_comm"] = cfg.cluster.device == "cuda"
+        zero["reduce_scatter"] = not adds_in_bucket(cfg)
     if engine.zero_stage == 3:
         # DeepSpeed's own limits, 10^9 weights, would keep most networks gathered as a whole.
         live = cfg.num_parameters // LIVE_PART

@@ -24,16 +24,26 @@ def test_arithmetic():
 
 @pytest.mark.parametrize(
     ("batch", "micro", "ranks", "advice"),
-    [(256, 16, 3, "Try 240 or 288"), (8, 16, 1, r"Try 16\."), (7, 2, 1, "Try 6 or 8")],
+    [
+        (256, 16, 3, ["global=240", "global=288"]),
+        (8, 16, 1, ["micro=8", "global=16"]),
+        (7, 2, 1, ["micro=1", "global=6", "global=8"]),
+        (2048, 1024, 128, ["micro=16", "global=131072"]),
+    ],
 )
 def test_a_batch_that_does_not_divide_is_refused_with_ones_that_do(batch, micro, ranks, advice):
-    cfg = tiny_config(
-        batch__global_batch_images=batch,
-        batch__micro_batch_images=micro,
-        cluster__ranks_per_node=ranks,
-    )
-    with pytest.raises(BadInput, match=advice):
-        make_plan(cfg)
+    given = {
+        "batch__global_batch_images": batch,
+        "batch__micro_batch_images": micro,
+        "cluster__ranks_per_node": ranks,
+    }
+    with pytest.raises(BadInput) as refused:
+        make_plan(tiny_config(**given))
+    words = str(refused.value).rpartition("Try ")[2].removesuffix(".").split(" or ")
+    assert words == [f"batch.{word.replace('=', '_batch_images=')}" for word in advice]
+    for word in words:
+        key, value = word.split("=")
+        make_plan(tiny_config(**given | {key.replace(".", "__"): int(value)}))
 
 
 def test_what_cannot_fit_is_refused_and_sharding_helps():

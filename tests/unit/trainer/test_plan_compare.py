@@ -6,7 +6,7 @@ from trainer.cli import main
 from trainer.errors import BadInput
 from trainer.plan_compare import pairs
 
-PREDICTED = {"memory_gib": 4.0, "images_per_s": [80, 100, 120], "mfu_frac": 0.3, "wall_h": 2.0}
+PREDICTED = {"tensors_gib": 4.0, "images_per_s": [80, 100, 120], "mfu_frac": 0.3, "wall_h": 2.0}
 
 
 def make_run(folder, predicted, rows):
@@ -29,15 +29,30 @@ def test_planned_stands_beside_measured(tmp_path, capsys):
     run = make_run(tmp_path / "run", PREDICTED, rows())
     found = {pair.name: pair for pair in pairs(run)}
     assert found["images/s"].ratio == pytest.approx(0.9)
-    assert found["memory per rank"].ratio == pytest.approx(0.75)
+    assert found["tensors of a rank"].ratio == pytest.approx(0.75)
     assert found["wall time so far"].measured == pytest.approx(1.0)
     assert found["energy"].ratio is None
-    for words in (["--compare", str(run)], [f"compare={run}"]):
+    for words in (["--compare", str(run)], [f"--compare={run}"], [f"compare={run}"]):
         assert main(["plan", *words]) == 0
         out = capsys.readouterr().out
         assert "0.9" in out
         assert "100 (80 to 120)" in out
         assert "unknown" in out
+
+
+def test_of_cpus_tensors_are_not_compared_with_a_process(tmp_path):
+    run = make_run(tmp_path / "run", {"tensors_gib": 0.1, "on_host": True}, rows())
+    found = {pair.name: pair for pair in pairs(run)}
+    assert (found["tensors of a rank"].planned, found["tensors of a rank"].measured) == (0.1, None)
+    process = found["process of a rank, libraries too"]
+    assert (process.planned, process.measured, process.ratio) == (None, 3.0, None)
+    assert found["images/s"].ratio is None
+
+
+def test_a_comparison_without_a_run_is_refused(capsys):
+    for word in ("--compare", "compare="):
+        assert main(["plan", word]) == 2
+        assert "Give it: kiln plan --compare RUN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from trainer.config import TrainConfig
 from trainer.errors import BadInput
 from trainer.frozen import compose
 from trainer.models.costs import activation_bytes, backward_moments
-from trainer.plan_forecast import check_memory
+from trainer.plan_forecast import check_run
 from trainer.plan_memory import (
     GIB,
     largest_micro_batch,
@@ -97,7 +97,7 @@ def test_the_largest_micro_batch_divides_fits_and_is_the_largest(memory_gib):
     largest = largest_micro_batch(cfg)
     per_rank = cfg.batch.global_batch_images // num_ranks(cfg)
     assert per_rank % largest == 0
-    check_memory(with_micro_batch(cfg, largest))
+    check_run(with_micro_batch(cfg, largest))
     larger = [micro for micro in range(largest + 1, per_rank + 1) if per_rank % micro == 0]
     for micro in larger[:1]:
         steps = per_rank // micro
@@ -117,11 +117,33 @@ def test_what_does_not_fit_is_refused_with_words_that_do():
     words = ["batch.micro_batch_images=16", "engine.activation_checkpointing=false"]
     small = ["cluster.device_memory_gib=16"]
     with pytest.raises(BadInput, match=r"of it activations, .*Try ([^.]|\.\w)+\.$") as refused:
-        check_memory(sd2(*words, *small))
+        check_run(sd2(*words, *small))
     advice = str(refused.value).rpartition("Try ")[2].removesuffix(".").split()
-    check_memory(sd2(*words, *small, *advice))
+    check_run(sd2(*words, *small, *advice))
 
 
-def test_what_never_fits_is_refused_without_advice_that_does_not_work():
-    with pytest.raises(BadInput, match="No stage and no micro-batch of it fit"):
-        check_memory(sd2("cluster.device_memory_gib=2", "engine.zero_stage=3"))
+ONE_GPU = ["cluster.num_nodes=1", "cluster.ranks_per_node=1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["cluster.device_memory_gib=4"], "engine.zero_stage=2"),
+        ([*ONE_GPU, "cluster.device_memory_gib=16"], "engine.offload=optimizer"),
+        (["cluster.num_nodes=1", "cluster.device_memory_gib=4"], "engine.offload=optimizer"),
+        ([*ONE_GPU, "engine.offload=optimizer", "cluster.device_memory_gib=4.5"], "num_nodes="),
+        (
+            [*ONE_GPU, "cluster.kind=local", "cluster.slurm=null", "cluster.device_memory_gib=2"],
+            "device_memory_gib=",
+        ),
+        (["cluster.device_memory_gib=2"], "device_memory_gib="),
+        (["cluster=local", "engine.precision=fp32"], "device_memory_gib="),
+    ],
+)
+def test_states_that_do_not_fit_are_refused_with_words_that_do(words, advice):
+    with pytest.raises(BadInput, match=r"Try ") as refused:
+        check_run(sd2(*words))
+    told = str(refused.value).rpartition("Try ")[2]
+    typed = [word.strip(".,") for word in told.split() if "=" in word]
+    assert any(advice in word for word in typed)
+    check_run(sd2(*words, *typed))

@@ -1,6 +1,7 @@
 import json
 from dataclasses import asdict
-from math import sqrt
+from math import ceil, sqrt
+from random import Random
 
 import pytest
 
@@ -10,7 +11,7 @@ from trainer.data.manifest import ShardEntry
 from trainer.frozen import compose
 from trainer.observe.carbon import Constant
 from trainer.plan_forecast import LEAST_FAILURES, RSC_MTTF_GPU_H, failures_of, forecast
-from trainer.plan_needs import best_interval_s, predict_data, stretched
+from trainer.plan_needs import QUEUE_S, RESTART_S, best_interval_s, predict_data, stretched
 
 
 def run(*words):
@@ -28,6 +29,36 @@ def test_more_failures_never_take_less_time():
 
 def test_without_failures_and_stalls_work_takes_its_time():
     assert stretched(1e6, interval_s=600, stall_s=0, mttf_s=1e12) == pytest.approx(1e6, rel=1e-5)
+
+
+def simulated(work_s, *, interval_s, stall_s, mttf_s, dice):
+    """Live through a run: failures come at random, also while it starts again."""
+    now_s, next_s = 0.0, dice.expovariate(1 / mttf_s)
+    for _ in range(round(work_s / interval_s)):
+        need_s = interval_s + stall_s
+        while now_s + need_s > next_s:
+            now_s = next_s
+            next_s += dice.expovariate(1 / mttf_s)
+            need_s = RESTART_S + interval_s + stall_s
+        now_s += need_s
+    return now_s
+
+
+@pytest.mark.parametrize("mttf_s", [1800.0, 7200.0, 36_000.0])
+def test_failures_take_what_they_take_in_runs_that_are_lived_through(mttf_s):
+    told = {"interval_s": 600.0, "stall_s": 20.0, "mttf_s": mttf_s}
+    lived_s = simulated(6e6, **told, dice=Random(0))
+    assert stretched(6e6, **told) == pytest.approx(lived_s, rel=0.03)
+
+
+def test_jobs_are_whole_and_each_starts_and_is_queued():
+    for limit_min in (30, 240, 1440):
+        found = needs(f"cluster.time_limit_min={limit_min}", "cluster.mttf_gpu_h=1e12")
+        useful_h = limit_min / 60 - (300 + RESTART_S) / 3600  # it is warned 300 s before the end
+        work_h = found.run_h.mid - found.num_jobs * RESTART_S / 3600
+        assert found.num_jobs == ceil(work_h / useful_h)
+        waited_h = found.wall_h.mid - found.run_h.mid
+        assert waited_h == pytest.approx(found.num_jobs * QUEUE_S / 3600)
 
 
 def test_the_best_interval_is_young_s_and_loses_least():

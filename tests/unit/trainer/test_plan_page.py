@@ -8,7 +8,7 @@ from tests.latents_without_encoders import make_dataset
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.frozen import compose
-from trainer.plan_forecast import check_memory, forecast
+from trainer.plan_forecast import check_run, forecast
 from trainer.plan_memory import largest_micro_batch
 from trainer.plan_options import NUM_SHOWN, options
 from trainer.plan_page import page
@@ -55,15 +55,15 @@ def test_alternatives_fit_are_sorted_and_can_be_typed():
     assert [each.rank for each in found] == sorted(each.rank for each in found)
     for option in found[:NUM_SHOWN]:
         typed = compose(TrainConfig, "train", [*SD2, *option.words])
-        check_memory(typed)
+        check_run(typed)
         assert forecast(typed).needs.gpu_hours == option.needs.gpu_hours
-        assert f"{option.needs.gpu_hours.mid:,.0f}" in text
+        assert f"{float(f'{option.needs.gpu_hours.mid:.3g}'):,.10g}  " in text
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["cluster.accelerator=null"], "give cluster.accelerator, one of v100_32gb"),
+        (["cluster.accelerator=null"], "give cluster.accelerator=NAME, one of v100_32gb"),
         (["cluster=local", "engine.precision=fp32"], "cluster.device=cpu"),
     ],
 )
@@ -88,8 +88,11 @@ def test_of_a_dataset_the_manifest_is_read(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "refusal"),
     [
-        (["batch.micro_batch_images=48"], "Try 6144."),
+        (["batch.micro_batch_images=48"], "Try batch.micro_batch_images=16 or batch.global_batch"),
         (["cluster.device_memory_gib=4"], "Try "),
+        (["cluster.time_limit_min=10"], "Try cluster.time_limit_min=21."),
+        (["cluster.time_limit_min=3", "cluster.accelerator=null"], "Try cluster.time_limit_min=12"),
+        (["cluster.time_limit_min=21", "cluster.warn_before_kill_s=1"], "warn_before_kill_s=6."),
         (["cluster.accelerator=a100"], "is none of"),
         (["accounts.grid=Germany"], "Did you mean DEU"),
     ],
