@@ -16,6 +16,8 @@ from contextlib import suppress
 from types import FrameType
 
 from slurm import client
+from slurm.words import from_slurm
+from trainer.observe.waiting_time import Waited, hand_over
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +44,10 @@ class Task:
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         self.heard.append(signal.Signals(number).name)
 
-    def run(self, command: Sequence[str]) -> int:
+    def run(self, command: Sequence[str], env: Mapping[str, str]) -> int:
         """Return the command's exit code; when a signal came it was told to stop, once."""
         log.info("$ %s", " ".join(command))
-        process = subprocess.Popen(command)  # noqa: S603 - our own command, no shell
+        process = subprocess.Popen(command, env=env)  # noqa: S603 - our own command, no shell
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(_POLL_S)
@@ -86,6 +88,15 @@ def filled_in(command: Sequence[str], first: int, env: Mapping[str, str]) -> tup
     return tuple(f"part={number}" if word == f"part={TASK}" else word for word in command)
 
 
+def waited(env: Mapping[str, str]) -> dict[str, str]:
+    """Tell the command how long its job was in the queue; nothing where Slurm does not say."""
+    job: Mapping[str, str] = {}
+    with suppress(client.SlurmError, KeyError):
+        job = client.show_job(job_name(env))
+    since, until = (from_slurm(job.get(name, "")) for name in ("EligibleTime", "StartTime"))
+    return {} if since is None or until is None else hand_over(Waited(since, until))
+
+
 def may_come_back(job: Mapping[str, str]) -> bool:
     """Whether Slurm still lets a job run; one that it ends is cancelled, or comes back by itself.
 
@@ -103,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     told = parser.parse_args(argv)
     task, env = Task(), dict(os.environ)
-    code = task.run(filled_in(told.command, told.first, env))
+    code = task.run(filled_in(told.command, told.first, env), env | waited(env))
     if code == 0 or not task.heard:
         return code
     restarts = int(env.get("SLURM_RESTART_COUNT", "0"))

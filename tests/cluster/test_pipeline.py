@@ -17,6 +17,8 @@ from tests.cluster.training import SITE
 from tests.tiny_pipeline import contents, flip, made_anew, make_source, tars, words
 from tests.virtual_cluster import NODES
 from trainer.cli import main
+from trainer.observe.accounts import close_check
+from trainer.run_account import run_account
 
 pytestmark = pytest.mark.cluster
 
@@ -89,6 +91,11 @@ def test_the_whole_way_as_jobs_whatever_is_edited_meanwhile(cluster, source, tmp
     assert set(states.values()) == {"COMPLETED"}, logs(run)
     assert json.loads((run / "evaluation.json").read_text())["scores"]
     assert (run / "report.html").exists()
+    account = run_account(run, run / "dataset")
+    waited = {row["stage"] for row in account if row["bucket"] == "queue"}  # some for no second
+    assert {"encode", "evaluate"} <= waited
+    assert waited & {"plan", "prepare"}
+    assert all(closure.holds() for closure in close_check(account) if closure.wall_s)
     after = {name: tar for name, tar in tars(run / "dataset").items() if name in before}
     assert made_anew(before, after) == {damaged}
     assert contents(after) == contents(before)

@@ -16,6 +16,7 @@ from typing import Any
 from trainer.errors import BadInput, BadWorld
 from trainer.observe.energy import MEASURED, Meter, Provenance, open_meters, read_by_provenance
 from trainer.observe.jsonl import JsonLines, read_rows
+from trainer.observe.waiting_time import take_waited
 from trainer.place import is_local, local_folder, put_bytes, storage_errors
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class Clock:
 
 class Ledger:
     """The open account of one attempt; a thread writes it out at a period.
+
+    The first one that a task of a Slurm job opens begins with the time of the job in the queue.
 
     `base` is what happens when nothing else does; a `span` interrupts it (and any span around
     it). So seconds are exclusive: each lies in the innermost bucket that was open.
@@ -96,8 +99,10 @@ class Ledger:
         following = 1 + max((row["attempt"] for row in rows), default=-1)
         # Never a number twice: two attempts under one number could not be told apart.
         self.attempt = max(following, attempt or 0)
+        waited = take_waited()
+        since_unix_s = min(waited.since_unix_s, born_unix_s) if waited else born_unix_s
         if rows and not rows[-1].get("closed", False):
-            self._file.append([_killed_row(rows, before_unix_s=born_unix_s)])
+            self._file.append([_killed_row(rows, before_unix_s=since_unix_s)])
         self._labels = {
             "attempt": self.attempt,
             "rank": rank,
@@ -117,6 +122,9 @@ class Ledger:
         self._step = self._first_step = 0
         self.total_j = self.measured_j = 0.0
         """Joules read so far, of this attempt, and how many of them were measured."""
+        if waited:
+            begun_unix_s = min(max(waited.until_unix_s, since_unix_s), born_unix_s)
+            self._file.append(self._unseen(since_unix_s, begun_unix_s, born_unix_s))
         self._file.append([self._opening(born_unix_s)])
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._flush_periodically, daemon=True)
@@ -203,6 +211,14 @@ class Ledger:
             if meter.device is not None:
                 devices[meter.provenance].append(meter.device)
         return {**self._nothing(born_unix_s), "devices": devices}
+
+    def _unseen(
+        self, since_unix_s: float, begun_unix_s: float, born_unix_s: float
+    ) -> list[dict[str, Any]]:
+        """Make the rows of the queue, and of the job before this process, which no meter saw."""
+        queue = {"bucket": Bucket.QUEUE.value, "seconds": begun_unix_s - since_unix_s}
+        init = {"seconds": born_unix_s - begun_unix_s}
+        return [{**self._nothing(since_unix_s), **queue}, {**self._nothing(begun_unix_s), **init}]
 
     def _nothing(self, unix_s: float) -> dict[str, Any]:
         """Make a row of no seconds, which tells something else."""

@@ -23,7 +23,7 @@ def each_device_once(rows: Sequence[Row]) -> list[Row]:
         rows: Of ledgers that may have been written at the same time.
     """
     ends = period_ends(rows)
-    others = _earlier_readers(rows, _spans(ends))
+    others = _earlier_readers(rows, _spans(rows, ends))
     found: list[Row] = []
     for row in rows:
         readers = others.get((writer_of(row), (row.get("node", ""), row["provenance"])), ())
@@ -63,12 +63,13 @@ def period_ends(rows: Iterable[Row]) -> dict[tuple[_Writer, float], float]:
     return ends
 
 
-def _spans(ends: Mapping[tuple[_Writer, float], float]) -> dict[_Writer, Span]:
-    spans: dict[_Writer, Span] = {}
-    for (writer, start_s), end_s in ends.items():
-        begin_s, last_s = spans.get(writer, (start_s, end_s))
-        spans[writer] = (min(begin_s, start_s), max(last_s, end_s))
-    return spans
+def _spans(rows: Iterable[Row], ends: Mapping[tuple[_Writer, float], float]) -> dict[_Writer, Span]:
+    """Return from when to when each account read its devices; what was before has no joules."""
+    last_s: defaultdict[_Writer, float] = defaultdict(float)
+    for (writer, _), end_s in ends.items():
+        last_s[writer] = max(last_s[writer], end_s)
+    begin_s = {writer_of(row): row["start_unix_s"] for row in rows if "devices" in row}
+    return {writer: (start_s, last_s[writer]) for writer, start_s in begin_s.items()}
 
 
 def _earlier_readers(

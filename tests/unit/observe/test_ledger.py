@@ -12,6 +12,7 @@ from trainer.observe.accounts import close_check, combined, totals
 from trainer.observe.jsonl import read_rows
 from trainer.observe.ledger import Bucket, Ledger
 from trainer.observe.ledger import Clock as LedgerClock
+from trainer.observe.waiting_time import Waited, hand_over
 
 NEVER_S = 1e9
 
@@ -139,6 +140,40 @@ def test_imports_before_the_ledger_was_opened_are_init(tmp_path):
         clock.at_s += 1
     found = totals(read_rows(tmp_path / "l.jsonl"))["train", Bucket.INIT]
     assert (found.seconds, found.joules) == pytest.approx((11, 101))
+
+
+def test_a_task_of_a_job_begins_with_its_time_in_the_queue_once(tmp_path, monkeypatch):
+    path, clock = tmp_path / "ledger.jsonl", Clock()
+    clock.at_s = 30
+    meters = [Watts(clock, 100.0, device="gpu")]
+    with open_ledger(path, clock, meters=meters) as ledger:
+        clock.at_s = 40
+        ledger.flush()
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # killed by force
+    clock.at_s = 100
+    for name, value in hand_over(Waited(41.0, 90.0)).items():
+        monkeypatch.setenv(name, value)
+    with open_ledger(path, clock, meters=meters, stage="plan") as ledger:
+        clock.at_s = 105
+    with open_ledger(path, clock, meters=meters, stage="prepare") as ledger:
+        clock.at_s = 110
+    rows = read_rows(path)
+    assert seconds([row for row in rows if row["stage"] == "plan"]) == {"queue": 49, "init": 15}
+    assert seconds([row for row in rows if row["stage"] == "prepare"]) == {"init": 5}
+    assert all(closure.holds() for closure in close_check(rows))
+    assert sum(row["joules"] for row in rows if row["stage"] == "plan") == pytest.approx(500)
+
+
+def test_a_job_that_began_at_once_or_by_a_clock_ahead_waited_for_no_time(tmp_path, monkeypatch):
+    for number, waited in enumerate([Waited(50.0, 50.0), Waited(70.0, 80.0), Waited(50.0, 40.0)]):
+        for name, value in hand_over(waited).items():
+            monkeypatch.setenv(name, value)
+        clock = Clock()
+        clock.at_s = 60
+        with open_ledger(tmp_path / f"{number}.jsonl", clock):
+            clock.at_s = 61
+        counted = seconds(read_rows(tmp_path / f"{number}.jsonl"))
+        assert counted == {"init": 1 if waited.since_unix_s == 70 else 11}
 
 
 def train(path, clock, *, from_step, to_step, s_per_step=1.0, flush_steps=3, kill=False):

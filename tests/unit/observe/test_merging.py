@@ -6,6 +6,7 @@ from tests.unit.observe.test_ledger import Clock, Watts, open_ledger
 from trainer.observe.accounts import totals
 from trainer.observe.jsonl import read_rows
 from trainer.observe.merging import covered_frac, each_device_once
+from trainer.observe.waiting_time import Waited, hand_over
 
 
 def joules(rows):
@@ -38,6 +39,16 @@ def test_a_device_gives_each_joule_once_however_many_read_it(tmp_path, spans):
         rows += account(path, clock, attempt=number, stage="evaluate", **span)
         read |= set(range(begin_s, begin_s + length_s))
     assert joules(each_device_once(rows)) == pytest.approx(100 * len(read))
+
+
+def test_a_job_that_waits_reads_no_device(tmp_path, monkeypatch):
+    clock = Clock()
+    rows = account(tmp_path / "a", clock, begin_s=0, end_s=100)
+    for name, value in hand_over(Waited(-50.0, 90.0)).items():
+        monkeypatch.setenv(name, value)
+    rows += account(tmp_path / "b", clock, stage="evaluate", begin_s=100, end_s=200)
+    assert each_device_once(rows) == rows
+    assert totals(rows)["evaluate", "queue"].seconds == 140
 
 
 def test_another_node_or_another_device_has_joules_of_its_own(tmp_path):
