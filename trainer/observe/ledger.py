@@ -1,6 +1,7 @@
 """Account for every second and joule of an attempt in exactly one bucket of ledger.jsonl."""
 
 import logging
+import re
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _LATEST_FLUSH_FRAC, _LATEST_FLUSH_S = 0.01, 600.0
 """The older an attempt, the longer its periods: a kill loses at most a hundredth of it."""
+_OF_PART = re.compile(r"(?P<stage>plan|prepare|encode)-(?P<part>\d{4,})\b")
 _ENERGY_WINDOW_S = 1.0
 """Joules are read at least this far apart: NVML and RAPL refresh every 20 to 100 ms."""
 
@@ -336,9 +338,9 @@ def accounted(
     """
     meters = open_meters(tdp_w_per_core=tdp_w_per_core)
     path = _account_path(folder, stage, part)
-    others = [] if is_local(folder) else read_account(folder)
-    following = 1 + max((row["attempt"] for row in others if row["stage"] == stage), default=-1)
-    ledger = Ledger(path, stage=stage, attempt=following, rank=part or 0, meters=meters)
+    rank = part or 0
+    following = 1 + max(_attempts(folder, stage, rank), default=-1)
+    ledger = Ledger(path, stage=stage, attempt=following, rank=rank, meters=meters)
     ledger.switch("productive")
     try:
         yield ledger
@@ -351,6 +353,19 @@ def accounted(
         except (OSError, BadInput, BadWorld) as error:
             # A full disk has its own message; the account must not hide it.
             log.warning("%s: this command is not in the account (%s)", folder, error)
+
+
+def _attempts(folder: Path, stage: str, rank: int) -> Iterator[int]:
+    """Yield the attempts that there were: of this part on other machines, of a stage in one part.
+
+    The files of other parts are left closed: there may be thousands, and as many who ask.
+    """
+    for path in _account_files(folder):
+        found = _OF_PART.match(path.name)
+        if found is None or (found["stage"], int(found["part"])) == (stage, rank):
+            for row in read_rows(path):
+                if (row["stage"], row["rank"]) == (stage, rank):
+                    yield row["attempt"]
 
 
 def _account_path(folder: Path, stage: str, part: int | None) -> Path:
@@ -369,5 +384,8 @@ def _account_path(folder: Path, stage: str, part: int | None) -> Path:
 
 def read_account(dataset: Path) -> list[dict[str, Any]]:
     """Read the rows of a dataset's ledger, or of its ledgers from several machines."""
-    paths = sorted(dataset.glob("ledger*.jsonl")) + sorted(dataset.glob("ledger/*.jsonl"))
-    return [row for path in paths for row in read_rows(path)]
+    return [row for path in _account_files(dataset) for row in read_rows(path)]
+
+
+def _account_files(dataset: Path) -> list[Path]:
+    return sorted(dataset.glob("ledger*.jsonl")) + sorted(dataset.glob("ledger/*.jsonl"))

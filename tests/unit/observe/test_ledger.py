@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainer.observe.accounts import close_check, combined, totals
 from trainer.observe.jsonl import read_rows
-from trainer.observe.ledger import Bucket, Ledger
+from trainer.observe.ledger import Bucket, Ledger, accounted, read_account
 from trainer.observe.ledger import Clock as LedgerClock
 from trainer.observe.waiting_time import Waited, hand_over
 
@@ -274,6 +274,26 @@ def test_attempts_take_the_given_number_but_none_twice(tmp_path):
     for given_number, found in [(None, 0), (4, 4), (4, 5), (None, 6)]:
         with open_ledger(tmp_path / "l.jsonl", Clock(), attempt=given_number) as ledger:
             assert ledger.attempt == found
+
+
+def test_the_whole_stage_after_its_first_part_is_another_attempt(tmp_path):
+    for stage, part in [
+        ("prepare", 0),
+        ("prepare", 1),
+        ("prepare", None),
+        ("prepare", 0),
+        ("plan", None),
+    ]:
+        with accounted(tmp_path, stage=stage, part=part, tdp_w_per_core=1.0):
+            pass
+    found = {(row["stage"], row["rank"], row["attempt"]) for row in read_account(tmp_path)}
+    assert found == {
+        ("prepare", 0, 0),
+        ("prepare", 1, 0),
+        ("prepare", 0, 1),
+        ("prepare", 0, 2),
+        ("plan", 0, 0),
+    }
 
 
 def test_an_unknown_bucket_is_refused(tmp_path):
