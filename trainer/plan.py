@@ -9,11 +9,15 @@ from trainer.observe.carbon import grid_of
 from trainer.plan_memory import (
     GIB,
     checkpoint_gib,
+    fits,
+    largest_micro_batch,
     micro_batches,
     num_ranks,
     num_trained,
     predict_memory,
     state_bytes,
+    with_global_batch,
+    with_micro_batch,
 )
 from trainer.plan_options import what_fits
 
@@ -79,16 +83,20 @@ def make_plan(cfg: TrainConfig, *, step: int = 0, images_seen: int = 0) -> Plan:
     )
 
 
-def _batches_that_divide(cfg: TrainConfig) -> Iterator[str]:
-    """Yield what to type: the next smaller micro-batch, and the global batches beside this one."""
-    batch, micro = cfg.batch.global_batch_images, cfg.batch.micro_batch_images
-    smaller = [each for each in micro_batches(cfg) if each < micro]
+def _batches_that_divide(cfg: TrainConfig) -> list[str]:
+    """List what to type: a smaller micro-batch, and global batches; where they can, they fit."""
+    per_pass = cfg.batch.micro_batch_images * num_ranks(cfg)
+    passes = cfg.batch.global_batch_images // per_pass
+    tried = [
+        ("global", times * per_pass, with_global_batch(cfg, times * per_pass))
+        for times in range(max(passes, 1), passes + 2)
+    ]
+    smaller = [each for each in micro_batches(cfg) if each < cfg.batch.micro_batch_images]
     if smaller:
-        yield f"batch.micro_batch_images={smaller[-1]}"
-    per_pass = micro * num_ranks(cfg)
-    passes = batch // per_pass
-    for times in range(max(passes, 1), passes + 2):
-        yield f"batch.global_batch_images={times * per_pass}"
+        micro = largest_micro_batch(cfg, at_most=smaller[-1]) or smaller[-1]
+        tried.insert(0, ("micro", micro, with_micro_batch(cfg, micro)))
+    fitting = [each for each in tried if fits(each[2])]
+    return [f"batch.{which}_batch_images={images}" for which, images, _ in fitting or tried]
 
 
 def _model_words(cfg: TrainConfig) -> str:

@@ -223,6 +223,11 @@ def with_micro_batch(cfg: TrainConfig, micro: int) -> TrainConfig:
     return replace(cfg, batch=replace(cfg.batch, micro_batch_images=micro))
 
 
+def with_global_batch(cfg: TrainConfig, images: int) -> TrainConfig:
+    """Return the run with another global batch."""
+    return replace(cfg, batch=replace(cfg.batch, global_batch_images=images))
+
+
 def _owned(cfg: TrainConfig) -> float:
     """Count the weights whose averages and moments a rank keeps and saves."""
     params, ranks = num_trained(cfg), num_ranks(cfg)

@@ -21,6 +21,7 @@ def counter(tmp_path_factory):
         (0, 2, ()),
         (1, 1, ()),
         (1, 2, ("batch.micro_batch_images=32",)),
+        (2, 2, ()),
         (2, 2, ("engine.precision=bf16",)),
         (3, 2, ()),
     ],

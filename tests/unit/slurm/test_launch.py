@@ -24,6 +24,7 @@ def test_a_dry_run_prints_all_and_touches_nothing(tmp_path, capsys, monkeypatch)
     assert main([*LAUNCH, "dry_run=true"]) == 0
     said = capsys.readouterr().out
     assert f"# sbatch {tmp_path}/runs/night/submit.sbatch" in said
+    assert re.search(r"^# plan: \d.* GiB of 79 per rank", said, re.MULTILINE)
     assert "#SBATCH --gpus-per-node=8" in said
     assert "#SBATCH --account=ldm" in said
     assert f"exec {sys.executable} -m slurm.batch {tmp_path}/runs/night" in said

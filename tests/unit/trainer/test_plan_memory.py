@@ -65,6 +65,15 @@ def test_the_parts_are_the_total():
     assert memory.host_bytes == memory.snapshot_bytes
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_has_weights_of_2_bytes_and_masters_of_4(precision):
+    cfg = sd2(f"engine.precision={precision}")
+    memory = predict_memory(cfg)
+    assert memory.weights_bytes == 2 * cfg.num_parameters
+    assert memory.gradients_bytes <= 2 * cfg.num_parameters
+    assert memory.optimizer_bytes == (4 + 4 + 4) * cfg.num_parameters / num_ranks(cfg)
+
+
 def test_what_is_offloaded_leaves_the_device():
     here, away = predict_memory(sd2()), predict_memory(sd2("engine.offload=optimizer"))
     moved = here.optimizer_bytes + here.ema_bytes

@@ -89,6 +89,7 @@ def test_of_a_dataset_the_manifest_is_read(tmp_path, capsys):
     ("words", "refusal"),
     [
         (["batch.micro_batch_images=48"], "Try batch.micro_batch_images=16 or batch.global_batch"),
+        (["batch.micro_batch_images=1024"], "Try batch.micro_batch_images=16."),
         (["cluster.device_memory_gib=4"], "Try "),
         (["cluster.time_limit_min=10"], "Try cluster.time_limit_min=21."),
         (["cluster.time_limit_min=3", "cluster.accelerator=null"], "Try cluster.time_limit_min=12"),
