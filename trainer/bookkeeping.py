@@ -130,6 +130,7 @@ class Bookkeeper:
         if self._ledger:
             self._ledger.resume_at(progress.step)
             self._ledger.switch("productive")
+            self.spent_j()  # what was drawn so far is no step's
         if self._metrics:
             self._record_stream(progress)
             self._metrics.begin()

@@ -81,6 +81,11 @@ def test_a_run_leaves_its_whole_story(whole):
     ledger = read_rows(whole / "ledger.jsonl")
     assert all(closure.holds() for closure in close_check(ledger))
     assert {"init", "productive", "checkpoint_stall", "data_stall"} <= {r["bucket"] for r in ledger}
+    # Of the joules of the start a step has at most those since the last reading, a second before.
+    init_j = sum(row["joules"] for row in ledger if row["bucket"] == "init")
+    told_j = [row["images_seen"] * (row["energy/j_per_image"] or 0) for row in rows]
+    assert told_j[0] < init_j / 2
+    assert told_j[-1] > 0
     assert (whole / "config.yaml").exists()
     assert (whole / "attempts/000/rank_00001.log").exists()
 
