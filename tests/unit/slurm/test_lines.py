@@ -1,4 +1,3 @@
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from slurm.words import clock, from_slurm
 from tests.seen_runs import queued, seen
 
 RUN = Path("/runs/a")
-SOON = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 60))
+FAR = "2037-05-04T06:07:08"
 BEGIN = Begin(job_id="12", nodes=("node1",), unix_s=1.0, saved_step=1000)
 ROW = {"step": 1212, "attempt": 3, "speed/images_per_s": 12.34, "time/left_s": 90.0}
 
@@ -36,8 +35,8 @@ def row_of(told):
     [
         ({"reason": "Resources"}, "waits for nodes, 3 of 17 in gpu"),
         (
-            {"reason": "Priority", "start": SOON},
-            f"waits for nodes, 3 of 17 in gpu, Slurm's estimate: {clock(time.time() + 60)[:5]}",
+            {"reason": "Priority", "start": FAR},
+            "waits for nodes, 3 of 17 in gpu, Slurm's estimate: 04 May 06:07:08",
         ),
         ({"reason": "QOSMaxGRESPerUser"}, "waits for QOSMaxGRESPerUser, 3 of 17 in gpu"),
         (
@@ -65,13 +64,13 @@ def test_what_a_job_waits_for_is_said(told, words):
 
 
 def test_a_hold_says_until_when():
-    job = queued(RUN, state="PENDING", reason="BeginTime", start=SOON)
+    job = queued(RUN, state="PENDING", reason="BeginTime", start=FAR)
     assert "after its last end until " in wait_words(job, None, has_begun=True)
 
 
 def test_a_job_that_has_not_begun_waits_for_its_time_and_not_for_a_supervisor():
-    job = queued(RUN, state="PENDING", reason="BeginTime", start=SOON)
-    waits = f"waits until {clock(from_slurm(SOON))} to begin"
+    job = queued(RUN, state="PENDING", reason="BeginTime", start=FAR)
+    waits = f"waits until {clock(from_slurm(FAR))} to begin"
     assert wait_words(job, None, has_begun=False) == waits
     assert row_of(seen(RUN, jobs=(job,))).says == waits
     again = row_of(seen(RUN, jobs=(job,), num_attempts=4, newest=newest(ended()))).says
