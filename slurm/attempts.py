@@ -44,6 +44,8 @@ class Begin:
     unix_s: float
     saved_step: int
     """Of the newest checkpoint; 0 for none."""
+    eligible_unix_s: float | None = None
+    """Since when Slurm might have started it: after what it had to wait for by its own wish."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,9 @@ class Attempt:
     """None while it goes on, and for ever when it was lost."""
 
 
-def begin_attempt(run: Path, job_id: str, nodes: Sequence[str]) -> Attempt:
+def begin_attempt(
+    run: Path, job_id: str, nodes: Sequence[str], *, eligible_unix_s: float | None = None
+) -> Attempt:
     """Make the folder of the next attempt: the number is taken by whoever can make it."""
     attempts = run / "attempts"
     attempts.mkdir(exist_ok=True)
@@ -82,7 +86,13 @@ def begin_attempt(run: Path, job_id: str, nodes: Sequence[str]) -> Attempt:
             break
         except FileExistsError:
             number += 1
-    begin = Begin(job_id=job_id, nodes=tuple(nodes), unix_s=time.time(), saved_step=saved_step(run))
+    begin = Begin(
+        job_id=job_id,
+        nodes=tuple(nodes),
+        unix_s=time.time(),
+        saved_step=saved_step(run),
+        eligible_unix_s=eligible_unix_s,
+    )
     write_json(folder / BEGIN, asdict(begin))
     return Attempt(number=number, folder=folder, begin=begin, end=None)
 

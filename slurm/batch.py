@@ -31,6 +31,7 @@ from slurm.rendezvous import rendezvous
 from slurm.runfile import STOP, read_json, read_spec, saved_step
 from slurm.spec import EARLY_WARNING_S, Checks, RunSpec
 from slurm.step import TOO_LONG, Ended, Steps
+from slurm.words import from_slurm
 from trainer.runtime.ending import cause, read_failures, read_stuck, stuck_ranks
 from trainer.runtime.signals import EXIT_FINAL, EXIT_REQUEUE
 
@@ -64,7 +65,9 @@ class Batch:
         self._restarts = env.get("SLURM_RESTART_COUNT", "0")
         close_lost(self._own_attempts())
         self._before = self._own_attempts()
-        self._attempt = begin_attempt(run, self._job_id, self._nodes)
+        self._attempt = begin_attempt(
+            run, self._job_id, self._nodes, eligible_unix_s=self._eligible_unix_s()
+        )
         meet = rendezvous(self._nodes[0])
         self._address = meet["MASTER_ADDR"]
         logs = self._attempt.folder
@@ -223,6 +226,11 @@ class Batch:
             suspects=dict(found.suspects),
         )
         return replace(self._attempt, end=end)
+
+    def _eligible_unix_s(self) -> float | None:
+        with suppress(client.SlurmError):
+            return from_slurm(client.show_job(self._name).get("EligibleTime", ""))
+        return None
 
     def _own_attempts(self) -> list[Attempt]:
         return [each for each in read_attempts(self._run) if each.begin.job_id == self._job_id]

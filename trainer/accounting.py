@@ -6,7 +6,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -223,12 +223,13 @@ class Metrics:
 
     def close(self, error: BaseException | None) -> None:
         """Close the sinks; tell of the error that ended the attempt, if one did."""
-        if error is not None and not isinstance(error, Superseded):
-            self._sinks.alert("failed", self._why(error), level="ERROR")
-        self._merge_evaluations()
-        self._sinks.close(exit_code=0 if error is None else 1)
-        if self._held is not None:
-            self._held.close()
+        with ExitStack() as stack:
+            if self._held is not None:
+                stack.callback(self._held.close)
+            stack.callback(self._sinks.close, exit_code=0 if error is None else 1)
+            if error is not None and not isinstance(error, Superseded):
+                self._sinks.alert("failed", self._why(error), level="ERROR")
+            self._merge_evaluations()
 
     def _why(self, error: BaseException) -> str:
         first = cause(read_failures(self._folder).values()) if is_echo(error) else None

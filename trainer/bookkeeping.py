@@ -251,7 +251,8 @@ class Bookkeeper:
         self._pulse.enter("end")
         if self._ledger:
             self._ledger.switch("drain")
-        if self._metrics:
-            self._metrics.close(error)
-        if self._ledger:
-            self._ledger.close()
+        with ExitStack() as stack:
+            if self._ledger:
+                stack.callback(self._ledger.close)
+            if self._metrics:
+                self._metrics.close(error)

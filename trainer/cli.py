@@ -37,7 +37,7 @@ COMMANDS = {
     ),
     "evaluate": ("trainer.evaluate", "score samples against their captions"),
     "export": ("trainer.export", "write a run as a diffusers pipeline folder"),
-    "sync": ("trainer.sync", "send to W&B what it lacks of a run, and nothing twice"),
+    "sync": ("trainer.sync", "send to W&B what it lacks of a run, and no row twice"),
     "dashboard": ("trainer.dashboard", "make a W&B workspace with the report's charts"),
     "report": ("trainer.report", "write the run's story as one HTML file"),
     "order": ("trainer.order", "print which samples each step of a run took"),

@@ -78,7 +78,9 @@ def allocations_of(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[All
         if (end and end.cause == "lost") or (end is None and following):
             next_unix_s = following.begin.unix_s if following else math.inf
             end_unix_s = min(last_s.get(attempt.number, begin.unix_s), next_unix_s)
-        queued = free_unix_s.get(begin.job_id, submitted.get(begin.job_id, begin.unix_s))
+        # A job that was to begin later, or after others, was not in the queue until then.
+        first = begin.eligible_unix_s or submitted.get(begin.job_id, begin.unix_s)
+        queued = free_unix_s.get(begin.job_id, first)
         allocations.append(
             Allocation(
                 attempt=attempt.number,

@@ -22,7 +22,7 @@ from trainer.gallery import GRID_PICTURES, Shown, publish_gallery, reconstructio
 from trainer.labels import Label, bytes_sha256, label_of
 from trainer.models.text_encoders import TextEncoder
 from trainer.observe.energy import open_meters
-from trainer.observe.ledger import Ledger
+from trainer.observe.ledger import Ledger, next_attempt
 from trainer.observe.sinks import send_to_wandb
 from trainer.painting import read_known
 from trainer.pictures import Wanted, Work, draw_pictures, is_done, require_room, wanted
@@ -224,7 +224,10 @@ def _account(cfg: SampleConfig, *, tdp_w_per_core: float) -> Iterator[None]:
     folder = out_dir(cfg) if is_pipeline_folder(Path(cfg.run)) else Path(cfg.run)
     own = "ledger.jsonl" if cfg.parts == 1 else f"ledger/sample-{cfg.part:04d}.jsonl"
     meters = open_meters(tdp_w_per_core=tdp_w_per_core)
-    with Ledger(folder / own, stage="sample", rank=cfg.part, meters=meters) as ledger:
+    attempt = next_attempt(folder, "sample", cfg.part)
+    with Ledger(
+        folder / own, stage="sample", attempt=attempt, rank=cfg.part, meters=meters
+    ) as ledger:
         ledger.switch("evaluation")
         yield
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _LATEST_FLUSH_FRAC, _LATEST_FLUSH_S = 0.01, 600.0
 """The older an attempt, the longer its periods: a kill loses at most a hundredth of it."""
-_OF_PART = re.compile(r"(?P<stage>plan|prepare|encode)-(?P<part>\d{4,})\b")
+_OF_PART = re.compile(r"(?P<stage>plan|prepare|encode|sample)-(?P<part>\d{4,})\b")
 _ENERGY_WINDOW_S = 1.0
 """Joules are read at least this far apart: NVML and RAPL refresh every 20 to 100 ms."""
 
@@ -339,8 +339,8 @@ def accounted(
     meters = open_meters(tdp_w_per_core=tdp_w_per_core)
     path = _account_path(folder, stage, part)
     rank = part or 0
-    following = 1 + max(_attempts(folder, stage, rank), default=-1)
-    ledger = Ledger(path, stage=stage, attempt=following, rank=rank, meters=meters)
+    attempt = next_attempt(folder, stage, rank)
+    ledger = Ledger(path, stage=stage, attempt=attempt, rank=rank, meters=meters)
     ledger.switch("productive")
     try:
         yield ledger
@@ -355,17 +355,18 @@ def accounted(
             log.warning("%s: this command is not in the account (%s)", folder, error)
 
 
-def _attempts(folder: Path, stage: str, rank: int) -> Iterator[int]:
-    """Yield the attempts that there were: of this part on other machines, of a stage in one part.
+def next_attempt(folder: Path, stage: str, rank: int) -> int:
+    """Number an attempt after those of this part on other machines, and of a stage in one part.
 
     The files of other parts are left closed: there may be thousands, and as many who ask.
     """
+    attempts = []
     for path in _account_files(folder):
         found = _OF_PART.match(path.name)
         if found is None or (found["stage"], int(found["part"])) == (stage, rank):
-            for row in read_rows(path):
-                if (row["stage"], row["rank"]) == (stage, rank):
-                    yield row["attempt"]
+            own = (row for row in read_rows(path) if (row["stage"], row["rank"]) == (stage, rank))
+            attempts += [row["attempt"] for row in own]
+    return 1 + max(attempts, default=-1)
 
 
 def _account_path(folder: Path, stage: str, part: int | None) -> Path:

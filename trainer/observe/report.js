@@ -281,15 +281,17 @@
   async function poll() {
     try {
       const answer = await fetch("data.json", { cache: "no-store" });
-      if (!answer.ok) throw new Error(String(answer.status));
+      if (!answer.ok) throw new Error("the server cannot read the run, and says why in its terminal");
       const fresh = await answer.json();
       const drawn = new Set(charts.map((chart) => chart.id));
       // Tables and new charts are the server's to write.
       if (fresh.state !== data.state || fresh.panels.some((panel) => panel.drawn && !drawn.has(panel.id))) return location.reload();
       if (JSON.stringify(fresh) !== JSON.stringify(data)) { data = fresh; fillTools(); drawAll(); }
       status.textContent = data.state === "running" ? "live" : `the run is ${data.state}`;
-    } catch {
-      status.textContent = "the server is gone; what is shown stays";
+    } catch (error) {
+      // What fetch itself throws is a TypeError.
+      const why = error instanceof TypeError ? "the server is gone" : error.message;
+      status.textContent = `${why}; what is shown stays`;
     }
     if (data.state === "running" || status.textContent.startsWith("the server")) setTimeout(poll, POLL_MS);
   }

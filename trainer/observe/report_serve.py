@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from trainer.errors import BadWorld
+from trainer.errors import BadInput, BadWorld
 from trainer.observe.evaluations import is_held
 from trainer.observe.story import Story
 
@@ -87,7 +87,8 @@ class PageServer(ThreadingHTTPServer):
                 content = maker()
                 took_s = time.monotonic() - began_s
                 until_s = began_s + (took_s * (1 + _REST) if took_s > _SLOW_S else 0.0)
-                self._kept[path] = until_s, content
+                # The other answer would be older: a page that sees its state change asks for both.
+                self._kept = {path: (until_s, content)}
             return content
 
 
@@ -98,7 +99,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.server.is_own_name(self.headers.get("Host")):
             self.send_error(421)
             return
-        content = self.server.make(self.path)
+        try:
+            content = self.server.make(self.path)
+        except (BadInput, BadWorld, OSError) as error:
+            log.warning("%s cannot be made: %s", self.path, error)
+            self.send_error(503, explain=str(error))
+            return
         if content is None:
             self.send_error(404)
             return

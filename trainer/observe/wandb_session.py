@@ -2,7 +2,7 @@
 
 Row n of metrics.jsonl has W&B's own step n x `_SLOTS`; pictures have steps between rows. W&B tells
 whoever continues a run after which step it stands, so that rows go on from there: what a lost
-network, a wrong key or a kill kept back is sent later, and nothing is sent twice. The x axis is
+network, a wrong key or a kill kept back is sent later, and no row is sent twice. The x axis is
 images_seen, which may go back.
 """
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainer.observe.accounts import close_check, combined, totals
 from trainer.observe.jsonl import read_rows
-from trainer.observe.ledger import Bucket, Ledger, accounted, read_account
+from trainer.observe.ledger import Bucket, Ledger, accounted, next_attempt, read_account
 from trainer.observe.ledger import Clock as LedgerClock
 from trainer.observe.waiting_time import Waited, hand_over
 
@@ -286,6 +286,8 @@ def test_the_whole_stage_after_its_first_part_is_another_attempt(tmp_path):
     ]:
         with accounted(tmp_path, stage=stage, part=part, tdp_w_per_core=1.0):
             pass
+    assert next_attempt(tmp_path, "prepare", 0) == 3
+    assert next_attempt(tmp_path, "sample", 0) == 0
     found = {(row["stage"], row["rank"], row["attempt"]) for row in read_account(tmp_path)}
     assert found == {
         ("prepare", 0, 0),

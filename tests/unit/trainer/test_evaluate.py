@@ -1,5 +1,6 @@
 """Laws of the evaluation."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -29,8 +30,14 @@ from trainer.loop import Progress, StepFacts
 from trainer.models.denoisers import build_denoiser
 from trainer.observe.columns import read_metrics
 from trainer.observe.countdown import Countdown
-from trainer.observe.evaluations import evaluation_rows, is_evaluation, strip_path, training_rows
-from trainer.observe.jsonl import read_rows
+from trainer.observe.evaluations import (
+    evaluation_rows,
+    is_evaluation,
+    is_held,
+    strip_path,
+    training_rows,
+)
+from trainer.observe.jsonl import JsonLines, read_rows
 from trainer.observe.ledger import read_account
 from trainer.plan import make_plan
 from trainer.quality.shares import wilson
@@ -218,6 +225,21 @@ def test_two_processes_share_the_checkpoints_while_training_goes_on(tiny_run):
     assert len(list((tiny_run / "ledger").glob("evaluate-*.jsonl"))) == 2
     assert not list((tiny_run / "evaluations").glob("*.claim"))
     assert json.loads((tiny_run / "evaluation.json").read_text())["step"] == 24
+
+
+def test_an_evaluation_that_does_not_fit_on_the_disk_keeps_nothing_open(tiny_run, monkeypatch):
+    cfg = read_yaml(TrainConfig, tiny_run / "config.yaml")
+    metrics = Metrics(tiny_run, cfg, make_plan(cfg), attempt=0)
+    assert is_held(tiny_run)
+    evaluate.run(config(tiny_run))
+
+    def full(self, rows):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JsonLines, "append", full)
+    with pytest.raises(OSError, match="No space left"):
+        metrics.close(None)
+    assert not is_held(tiny_run)
 
 
 def test_an_unknown_checkpoint_is_refused_with_those_that_are_there(tiny_run):

@@ -83,6 +83,34 @@ def test_a_long_run_is_not_read_anew_for_every_question():
     assert made == ["slow", *["quick"] * 3]
 
 
+def test_what_cannot_be_read_is_said_and_read_again_later(tmp_path, caplog):
+    run = write_run(tmp_path)
+    with serving(run) as server:
+        whole = (run / "evaluation.json").read_text()
+        (run / "evaluation.json").write_text("[]")
+        status, said = ask(server, "/data.json")
+        assert status == 503
+        assert b"evaluation.json is damaged" in said
+        assert "evaluation.json is damaged" in caplog.text
+        (run / "evaluation.json").write_text(whole)
+        assert ask(server, "/data.json")[0] == 200
+
+
+def test_a_page_that_sees_the_state_change_gets_a_page_of_that_state():
+    state = "running"
+
+    def slow():
+        time.sleep(1.1)
+        return state
+
+    with PageServer(0, slow, slow) as server:
+        assert (server.make("/"), server.make("/data.json")) == (b"running", b'"running"')
+        server._kept.clear()  # as after a while
+        state = "finished"
+        assert (server.make("/data.json"), server.make("/")) == (b'"finished"', b"finished")
+        assert server.make("/data.json") == b'"finished"'
+
+
 def test_a_port_that_is_taken_and_a_folder_that_is_no_run_are_refused(tmp_path):
     run = write_run(tmp_path)
     with socket.socket() as taken:

@@ -267,3 +267,13 @@ def test_a_run_on_this_machine_has_what_its_ledgers_have(tmp_path):
     with open_ledger(tmp_path / "ledger.jsonl", clock, meters=[Watts(clock, 1.0)]):
         clock.at_s += 10
     assert run_account(tmp_path) == read_rows(tmp_path / "ledger.jsonl")
+
+
+def test_a_job_that_is_to_begin_later_is_not_in_the_queue_until_then(tmp_path):
+    run = Run(tmp_path)
+    run.attempt("finished", queued_s=500, steps=(0, 30))
+    path = tmp_path / "attempts/000/begin.json"
+    begin = json.loads(path.read_text())
+    assert totals(run_account(tmp_path))["train", Bucket.QUEUE].seconds == 2 * 500
+    write_json(path, begin | {"eligible_unix_s": begin["unix_s"] - 20})
+    assert totals(run_account(tmp_path))["train", Bucket.QUEUE].seconds == 2 * 20
