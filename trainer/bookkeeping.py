@@ -16,6 +16,7 @@ from trainer.errors import BadWorld
 from trainer.loop import Mine, Progress, StepFacts
 from trainer.observe.energy import Provenance
 from trainer.observe.evaluations import best_images
+from trainer.observe.idle import UNKNOWN_IDLE_W
 from trainer.observe.jsonl import JsonLines
 from trainer.plan import Plan
 from trainer.runtime.checkpoint import TrainState
@@ -48,7 +49,7 @@ class Bookkeeper:
         env: RankEnv,
         *,
         launcher_pid: int | None,
-        idle_w: Mapping[Provenance, float],
+        idle_w: Mapping[Provenance, float] = UNKNOWN_IDLE_W,
         pulse: Pulse | None = None,
     ) -> None:
         """Open the accounts.

@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from trainer.observe.energy import MEASURED, Meter, Provenance, read_by_provenance
@@ -11,6 +12,7 @@ from trainer.observe.merging import Row, writer_of
 
 _SHOW_IDLE = MEASURED | {"limit_model"}
 """The model of busy cores has no joules of idle ones, so that there is nothing to take off."""
+UNKNOWN_IDLE_W: Mapping[Provenance, float] = MappingProxyType({})
 _WINDOW_S = 1.0
 """NVML and RAPL refresh every 20 to 100 ms."""
 
