@@ -73,12 +73,17 @@ def _forecast(cfg: TrainConfig, plan: Plan) -> Forecast:
 
 
 def check_run(cfg: TrainConfig) -> Plan:
-    """Make a plan, and refuse a run whose activations do not fit, or whose jobs are too short.
+    """Make a plan, and refuse what `make_plan` leaves to predictions.
+
+    That is activations that do not fit, jobs that are too short, and rates that cannot be read.
 
     Raises:
         BadInput: It cannot work; says with which value it would.
     """
     plan = make_plan(cfg)
+    for rate in rates(cfg.accounts):
+        if rate is not None:
+            rate.overall_mean()
     _check_memory(cfg, plan)
     _check_time_to_train(cfg, predict_speed(cfg, accumulation_steps=plan.accumulation_steps))
     return plan
@@ -110,7 +115,11 @@ def _check_time_to_train(cfg: TrainConfig, speed: Speed | None) -> None:
 
 
 def predictions(cfg: TrainConfig) -> dict[str, Any]:
-    """Say what can be compared with what is measured later, for RUN/plan.json."""
+    """Say what can be compared with what is measured later, for RUN/plan.json.
+
+    Raises:
+        BadInput: As `forecast`, but for what does not fit.
+    """
     plan = make_plan(cfg)
     memory = predict_memory(cfg, accumulation_steps=plan.accumulation_steps)
     found: dict[str, Any] = {

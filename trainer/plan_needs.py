@@ -160,7 +160,6 @@ def predict_needs(
     gpu_hours = run_h.scaled(ranks)
     kwh = _kwh(cfg, gpu, run_h)
     rate = cfg.accounts.price_per_gpu_hour
-    span = (0.0, 0.0)
     return Needs(
         total_steps=steps,
         mttf_h=mttf_s / _S_PER_H,
@@ -179,9 +178,9 @@ def predict_needs(
         wall_h=Band(*((seconds + queue_s) / _S_PER_H for seconds in _values(run_s))),
         gpu_hours=gpu_hours,
         kwh=kwh,
-        kg_co2e=kwh.scaled(carbon.mean(*span) / 1e3) if carbon else None,
+        kg_co2e=kwh.scaled(carbon.overall_mean() / 1e3) if carbon else None,
         gpu_cost=None if rate is None else gpu_hours.scaled(rate),
-        energy_cost=kwh.scaled(price.mean(*span)) if price else None,
+        energy_cost=kwh.scaled(price.overall_mean()) if price else None,
     )
 
 

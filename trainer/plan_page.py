@@ -357,6 +357,12 @@ def assumptions(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
             else f"{NODE_SHARE.mid:g} times that for the node"
         ),
     )
+    if cfg.accounts.hourly is not None:
+        yield (
+            "rates",
+            f"the mean over all hours of {cfg.accounts.hourly}: when the run will draw its energy "
+            "is not known",
+        )
     yield "failures", f"{RESTART_S / 60:g} min to start again, half an interval done again"
 
 

@@ -8,10 +8,18 @@ import pytest
 from slurm.attempts import Begin, End
 from trainer.config import TrainConfig
 from trainer.data.manifest import ShardEntry
+from trainer.errors import BadInput
 from trainer.frozen import compose
 from trainer.observe.carbon import Constant
-from trainer.plan_forecast import LEAST_FAILURES, RSC_MTTF_GPU_H, failures_of, forecast
+from trainer.plan_forecast import (
+    LEAST_FAILURES,
+    RSC_MTTF_GPU_H,
+    check_run,
+    failures_of,
+    forecast,
+)
 from trainer.plan_needs import QUEUE_S, RESTART_S, best_interval_s, predict_data, stretched
+from trainer.train import recorded_predictions
 
 
 def run(*words):
@@ -91,6 +99,30 @@ def test_energy_follows_pue_and_carbon_follows_energy():
     rate = forecast(run("accounts.grid=DEU")).carbon
     assert isinstance(rate, Constant)
     assert cooled.kg_co2e.mid == pytest.approx(cooled.kwh.mid * rate.per_kwh / 1e3)
+
+
+def hours_of_a_kwh(folder):
+    path = folder / "hours.csv"
+    rows = "2026-01-31T13:00Z,100,0.1\n2026-01-31T14:00Z,300,0.3\n"
+    path.write_text(f"time,g_co2_per_kwh,price_per_kwh\n{rows}")
+    return path
+
+
+def test_of_a_table_of_hours_the_mean_is_taken_as_nobody_knows_when_the_run_is(tmp_path):
+    found = needs(f"accounts.hourly={hours_of_a_kwh(tmp_path)}")
+    assert found.kg_co2e.mid == pytest.approx(found.kwh.mid * 200 / 1e3)
+    assert found.energy_cost.mid == pytest.approx(found.kwh.mid * 0.2)
+
+
+def test_tables_that_no_mean_can_be_taken_of_are_refused_unless_it_trains(tmp_path, caplog):
+    (tmp_path / "empty.csv").write_text("time,g_co2_per_kwh\n")
+    for name, refusal in (("none.csv", "cannot be read"), ("empty.csv", "has no hours at all")):
+        cfg = run(f"accounts.hourly={tmp_path / name}")
+        with pytest.raises(BadInput, match=rf"accounts\.hourly=.*{name} {refusal}"):
+            check_run(cfg)
+        assert recorded_predictions(cfg) == {}
+        assert f"{name} {refusal}" in caplog.text
+    assert recorded_predictions(run())["predicted"]["wall_h"] > 0
 
 
 def test_what_is_unknown_is_not_told():
