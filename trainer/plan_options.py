@@ -66,6 +66,8 @@ def options(
         needs = predict_needs(
             changed, speed, gpu, failures, steps=steps, carbon=carbon, price=price
         )
+        if needs is None:
+            continue
         option = Option(
             words=words_of(cfg, changed),
             memory_gib=memory_of(changed).device_bytes / GIB,

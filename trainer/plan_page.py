@@ -38,6 +38,7 @@ from trainer.plan_needs import (
     POWER_SHARE,
     QUEUE_S,
     RESTART_S,
+    configured_interval_s,
     image_latent_bytes,
     predict_data,
 )
@@ -212,8 +213,19 @@ def speed_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
 def time_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
     """Yield hours, failures, and how often to save."""
     needs = made.needs
-    if needs is None:
+    if made.speed is None:
         yield "unknown", "no speed, no time"
+        return
+    if needs is None:
+        mttf_h = made.failures.mttf_gpu_h / num_ranks(cfg)
+        interval_s = configured_interval_s(cfg, made.speed, steps=made.plan.total_steps)
+        yield (
+            "never ends",
+            f"the run does not finish with these failures: one every {rounded(60 * mttf_h)} min "
+            f"({made.failures.words}), and a checkpoint every {rounded(interval_s / 60)} min after "
+            f"{RESTART_S / 60:g} min to start. Give a smaller checkpoint.every_images, fewer "
+            "nodes, or a longer cluster.mttf_gpu_h if that is not so",
+        )
         return
     yield "training", f"{_hours(needs.train_h)} for {needs.total_steps:,} steps"
     yield "with failures", f"{_hours(needs.run_h)} that nodes are held"
@@ -243,7 +255,7 @@ def cost_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
     """Yield GPU hours, money, energy and carbon, or what to give for them."""
     needs, accounts = made.needs, cfg.accounts
     if needs is None:
-        yield "unknown", "no speed, no cost"
+        yield "unknown", "no speed, no cost" if made.speed is None else "it never ends"
         return
     unit = accounts.currency
     yield "GPU hours", str(needs.gpu_hours)

@@ -73,6 +73,13 @@ def test_without_a_device_the_page_says_what_to_give(words, says):
     assert "Alternatives" not in text
 
 
+def test_a_run_that_never_ends_is_said_to_and_has_no_hours():
+    _, text = shown("cluster.mttf_gpu_h=0.04")
+    assert "does not finish with these failures: one every " in text
+    assert "wall time" not in text
+    assert "GPU hours" not in text
+
+
 def test_an_autoencoder_has_a_plan_without_speed(capsys):
     assert main(["plan", "experiment=scenes_autoencoder"]) == 0
     assert "nothing is predicted" in capsys.readouterr().out
