@@ -68,9 +68,12 @@ def main(argv: Sequence[str]) -> int:
     for word, after in zip(words, [*words[1:], ""], strict=True):
         key, _, run = word.removeprefix("--").partition("=")
         if key == "compare":
-            if not (run or after):
-                raise BadInput("--compare has no run. Give it: kiln plan --compare RUN.")
-            return compare(Path(run or after))
+            if word == "--compare":
+                run = after
+            if not run:
+                form = "--compare RUN" if word == "--compare" else "compare=RUN"
+                raise BadInput(f"{word} has no run. Give it: kiln plan {form}.")
+            return compare(Path(run))
     if not any(word.startswith("data.dataset=") for word in words):
         words.append("data.dataset=none")
     return run_command(show, TrainConfig, "train", words, name="plan")
