@@ -1,12 +1,15 @@
 """The small files of a run's folder by which commands and batch scripts know of each other."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from slurm.spec import Checks, RunSpec
+
+log = logging.getLogger(__name__)
 
 CODE = "code"
 """Kiln, as it was when the run was launched."""
@@ -57,13 +60,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def run_folders(root: Path, *, depth: int = 3) -> Iterator[Path]:
-    """Find the folders of runs, without looking into them: a sweep or a pipeline has some in it."""
+    """Find the folders of runs, without looking into them: a sweep or a pipeline has some in it.
+
+    Folders of others that must not be read are left out.
+    """
     if (root / "attempts").is_dir():
         yield root
     elif depth:
         for folder in sorted(path for path in root.iterdir() if path.is_dir()):
             if not folder.name.startswith(".") and folder.name != CODE:
-                yield from run_folders(folder, depth=depth - 1)
+                try:
+                    yield from run_folders(folder, depth=depth - 1)
+                except OSError as error:
+                    log.debug("no runs are looked for in %s: %s", folder, error)
 
 
 def nth_run(sweep: Path, number: int) -> Path:

@@ -40,7 +40,8 @@ def run_command(
         usage = f"{name or primary}{f' {positional.upper()}' if positional else ''}"
         print_help(run, cls, primary, usage=usage, short=short)
         return 0
-    return run(compose(cls, primary, long_words(argv, positional=positional, short=short)))
+    words = long_words(argv, positional=positional, short=short)
+    return run(compose(cls, primary, words, command=name))
 
 
 def long_words(

@@ -40,17 +40,29 @@ def config(cls: type[T]) -> type[T]:
     return pydantic_dataclass(config=rules, frozen=True, kw_only=True, slots=True)(cls)  # type: ignore[return-value]
 
 
-def compose(cls: type[T], primary: str, overrides: Sequence[str]) -> T:
+def compose(
+    cls: type[T], primary: str, overrides: Sequence[str], *, command: str | None = None
+) -> T:
     """Compose `conf/<primary>.yaml` with command-line overrides and freeze the result.
+
+    Args:
+        cls: The config dataclass.
+        primary: Name of the YAML.
+        overrides: Words, key=value.
+        command: That was typed, where its name is not the YAML's.
 
     Raises:
         BadInput: An unknown key, a missing value or an impossible one, with its path and a remedy.
     """
-    return freeze(cls, compose_dict(primary, overrides))
+    return freeze(cls, compose_dict(primary, overrides, command=command))
 
 
 def compose_dict(
-    primary: str, overrides: Sequence[str], *, require_all: bool = True
+    primary: str,
+    overrides: Sequence[str],
+    *,
+    require_all: bool = True,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Compose without freezing: plain containers, with every interpolation resolved.
 
@@ -60,7 +72,7 @@ def compose_dict(
         if "=" not in override and not override.startswith("~"):
             raise BadInput(
                 f"got the argument '{override}', need key=value. "
-                f"`kiln {primary} --help` lists the keys."
+                f"`kiln {command or primary} --help` lists the keys."
             )
     GlobalHydra.instance().clear()
     try:

@@ -66,8 +66,8 @@ def pairs(run: Path) -> list[Pair]:
         raise BadInput(f"compare={run} has no {PLAN}. Give the folder of a run that was trained.")
     if "predicted" not in plan:
         raise BadInput(
-            f"{run / PLAN} has no predictions: the run began with an older Kiln. Its next attempt "
-            "writes them."
+            f"{run / PLAN} has no predictions: the run began with an older Kiln, or its log says "
+            "why nothing was predicted. Its next attempt writes them if it can."
         )
     rows = [row for row in read_rows(run / METRICS) if _RATE in row]
     if not rows:

@@ -1,10 +1,12 @@
 """All predictions of a run together: what a page shows, and what RUN/plan.json keeps."""
 
+import logging
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+from slurm.attempts import Cause
 from slurm.history import Chapter, read_history
 from slurm.runfile import run_folders
 from trainer.config import TrainConfig
@@ -17,13 +19,19 @@ from trainer.plan_needs import RESTART_S, Failures, Needs, predict_needs
 from trainer.plan_options import what_fits
 from trainer.plan_speed import Speed, accelerator_of, predict_speed
 
+log = logging.getLogger(__name__)
+
 RSC_MTTF_GPU_H = 7.9 * 1024
 """Meta's research clusters: a failure every 7.9 hours of a job on 1,024 GPUs (Kokolis et al. 2024,
 arXiv 2410.21680)."""
 LEAST_FAILURES = 5
 """So many in earlier runs say more than a published figure."""
+_RUNS_DEPTH = 2
+"""Of a runs folder: runs, and those in sweeps and pipelines."""
 _S_PER_H = 3600.0
-_FAILURES = frozenset({"lost", "crashed", "stuck"})
+_FAILURES: frozenset[Cause] = frozenset({"lost", "stuck"})
+"""What hardware or a site may cause. A rank that crashed is left out: most often it met a bug, and
+meets it again at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +45,7 @@ class Forecast:
     gpu: Accelerator | None
     failures: Failures
     needs: Needs | None
+    """None also where the run never ends with these failures."""
     carbon: Rate | None
     price: Rate | None
 
@@ -73,12 +82,17 @@ def _forecast(cfg: TrainConfig, plan: Plan) -> Forecast:
 
 
 def check_run(cfg: TrainConfig) -> Plan:
-    """Make a plan, and refuse a run whose activations do not fit, or whose jobs are too short.
+    """Make a plan, and refuse what `make_plan` leaves to predictions.
+
+    That is activations that do not fit, jobs that are too short, and rates that cannot be read.
 
     Raises:
         BadInput: It cannot work; says with which value it would.
     """
     plan = make_plan(cfg)
+    for rate in rates(cfg.accounts):
+        if rate is not None:
+            rate.overall_mean()
     _check_memory(cfg, plan)
     _check_time_to_train(cfg, predict_speed(cfg, accumulation_steps=plan.accumulation_steps))
     return plan
@@ -110,7 +124,11 @@ def _check_time_to_train(cfg: TrainConfig, speed: Speed | None) -> None:
 
 
 def predictions(cfg: TrainConfig) -> dict[str, Any]:
-    """Say what can be compared with what is measured later, for RUN/plan.json."""
+    """Say what can be compared with what is measured later, for RUN/plan.json.
+
+    Raises:
+        BadInput: As `forecast`, but for what does not fit.
+    """
     plan = make_plan(cfg)
     memory = predict_memory(cfg, accumulation_steps=plan.accumulation_steps)
     found: dict[str, Any] = {
@@ -120,11 +138,15 @@ def predictions(cfg: TrainConfig) -> dict[str, Any]:
     if accelerator_of(cfg) is None:
         return found
     made = _forecast(cfg, plan)
-    if made.speed is not None and made.needs is not None:
-        rate, kwh = made.speed.images_per_s, made.needs.kwh.mid / cfg.accounts.pue
+    if made.speed is not None:
+        rate = made.speed.images_per_s
         found |= {
             "images_per_s": [rate.low, rate.mid, rate.high],
             "mfu_frac": made.speed.mfu_frac.mid,
+        }
+    if made.needs is not None:
+        kwh = made.needs.kwh.mid / cfg.accounts.pue
+        found |= {
             "j_per_image": kwh * 3.6e6 / (plan.total_steps * plan.images_per_step),
             "wall_h": made.needs.wall_h.mid,
         }
@@ -141,9 +163,12 @@ def in_short(cfg: TrainConfig) -> str:
     found = [
         f"{made.memory.device_bytes / GIB:,.2f} GiB of {cfg.cluster.device_memory_gib:g} per rank"
     ]
-    if made.speed is not None and made.needs is not None:
+    if made.speed is not None:
+        found.append(f"{made.speed.images_per_s} images/s")
+        if made.needs is None:
+            found.append(f"does not finish with its failures ({made.failures.words})")
+    if made.needs is not None:
         found += [
-            f"{made.speed.images_per_s} images/s",
             f"{made.needs.wall_h} h with queues",
             f"{made.needs.gpu_hours} GPU h",
         ]
@@ -165,14 +190,32 @@ def failures_of(cfg: TrainConfig, runs: Path) -> Failures:
 
 
 def measured_failures(runs: Path) -> tuple[float, int]:
-    """Return node hours and failures of the runs in a folder, from their attempts."""
+    """Return node hours and failures of the runs in a folder, from their attempts.
+
+    What cannot be read, as it is torn, foreign or of another Kiln, does not count.
+    """
     node_hours, failures = 0.0, 0
-    for folder in run_folders(runs) if runs.is_dir() else ():
-        chapters = read_history(folder, goes_on=True)
+    for folder in _readable_runs(runs):
+        try:
+            chapters = read_history(folder, goes_on=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("failures of %s are not counted, it cannot be read: %s", folder, error)
+            continue
         node_hours += sum((each.lasted_s or 0.0) / _S_PER_H * len(each.nodes) for each in chapters)
         failures += sum(map(_is_failure, chapters))
     return node_hours, failures
 
 
+def _readable_runs(runs: Path) -> list[Path]:
+    try:
+        return list(run_folders(runs, depth=_RUNS_DEPTH)) if runs.is_dir() else []
+    except OSError as error:
+        log.warning("no failures are counted, %s cannot be read: %s", runs, error)
+        return []
+
+
 def _is_failure(chapter: Chapter) -> bool:
+    """Say whether it ended what was training already."""
+    if chapter.reached_step <= chapter.from_step:
+        return False
     return chapter.end is not None and chapter.end.cause in _FAILURES

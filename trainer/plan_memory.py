@@ -8,7 +8,12 @@ a fragmented allocator take on top is assumed.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from trainer.config import AutoencoderModelConfig, TrainConfig
+from trainer.config import (
+    AutoencoderModelConfig,
+    TrainConfig,
+    TransformerConfig,
+    UNetConfig,
+)
 from trainer.models.costs import Moment, activation_bytes, backward_moments
 from trainer.models.layers import layers, num_adapter_parameters
 
@@ -19,7 +24,7 @@ LIVE_PART = 16
 """ZeRO 3 has at most about this part of the weights gathered at a time."""
 _FLAT_NUMBERS = 500_000_000
 """Without ZeRO, DeepSpeed copies so many gradients at a time to add them up."""
-_CONTEXT_BYTES = 1.5 * GIB
+CONTEXT_BYTES = 1.5 * GIB
 """CUDA context, NCCL's buffers, cuDNN's workspaces; assumed."""
 _FRAGMENTED = 0.03
 """Of the activations, what the allocator of a GPU cannot give; assumed."""
@@ -42,7 +47,7 @@ class Memory:
     gradients_bytes: float
     """Those that are there at that moment."""
     optimizer_bytes: float
-    """fp32 master weights and two moments."""
+    """fp32 master weights, but in ZeRO 0, and moments."""
     ema_bytes: float
     """Averages in fp32."""
     activations_bytes: float
@@ -133,7 +138,8 @@ def state_bytes(cfg: TrainConfig) -> tuple[float, float, float, float]:
     weights = (params + num_frozen(cfg)) * width / (ranks if stage >= 3 else 1)
     gradients = params * width / (ranks if stage >= 2 else 1)
     # Without ZeRO fp32 weights are their own masters.
-    optimizer = params * 8.0 if stage == 0 else params * 12 / ranks
+    moments = 4 * moments_per_weight(cfg)
+    optimizer = params * moments if stage == 0 else params * (4 + moments) / ranks
     return weights, gradients, optimizer, num_averages(cfg) * 4 * _owned(cfg)
 
 
@@ -164,16 +170,53 @@ def predict_memory(cfg: TrainConfig, *, accumulation_steps: int = 1) -> Memory:
         ema_bytes=ema,
         activations_bytes=worst.activations_bytes,
         buffers_bytes=worst.buffers_bytes,
-        snapshot_bytes=(3 + num_averages(cfg)) * 4 * _owned(cfg),
+        snapshot_bytes=_saved_per_weight(cfg) * 4 * _owned(cfg),
         offloaded_bytes=offloaded,
-        runtime_bytes=0.0 if on_host else _CONTEXT_BYTES + _FRAGMENTED * worst.activations_bytes,
+        runtime_bytes=0.0 if on_host else CONTEXT_BYTES + _FRAGMENTED * worst.activations_bytes,
         on_host=on_host,
     )
 
 
 def checkpoint_gib(cfg: TrainConfig) -> float:
-    """Estimate the size of a checkpoint: weights, two moments and the averages, in fp32."""
-    return num_trained(cfg) * 4 * (3 + num_averages(cfg)) / GIB
+    """Estimate the size of a checkpoint: weights, moments and the averages, in fp32."""
+    return num_trained(cfg) * 4 * _saved_per_weight(cfg) / GIB
+
+
+def _saved_per_weight(cfg: TrainConfig) -> float:
+    return 1 + moments_per_weight(cfg) + num_averages(cfg)
+
+
+def moments_per_weight(cfg: TrainConfig) -> float:
+    """Return how many numbers the optimizer remembers of a weight, in the mean.
+
+    AdamW has two. Adafactor has rows and columns of the last two dimensions, and all of vectors:
+    of a 3 x 3 kernel that is two thirds of it, of a 1 x 1 kernel twice as many. Autoencoders are
+    taken for 3 x 3 kernels alone, and adapters, which are matrices of low rank, for nothing.
+    """
+    if cfg.optim.kind == "adamw":
+        return 2.0
+    if isinstance(cfg.model, AutoencoderModelConfig):
+        return 2 / 3
+    if cfg.lora is not None:
+        return 0.0
+    weights = remembered = 0
+    for layer in layers(cfg.model):
+        size = layer.inputs * layer.outputs
+        weights += size * layer.side**2
+        is_kernel = layer.side > 1 or _is_small_kernel(cfg.model, layer.name)
+        remembered += 2 * size * layer.side if is_kernel else layer.inputs + layer.outputs
+    vectors = max(0, cfg.num_parameters - weights)
+    return (remembered + vectors) / cfg.num_parameters
+
+
+def _is_small_kernel(model: UNetConfig | TransformerConfig, name: str) -> bool:
+    """Say whether a layer that could be a matrix is a convolution with a kernel of 1 x 1."""
+    if model.kind != "unet":
+        return False
+    ends = (
+        ("conv_shortcut",) if model.linear_projection else ("conv_shortcut", "proj_in", "proj_out")
+    )
+    return name.endswith(ends)
 
 
 def image_activation_bytes(cfg: TrainConfig) -> int:
@@ -261,6 +304,8 @@ def _moments(cfg: TrainConfig, accumulation_steps: int) -> Iterator[_Moment]:
                 there = whole if kept else min(moment.num_gradients, params) * width
                 yield _Moment(there, _activations(cfg, moment), 0.0)
             yield _Moment(whole, 0.0, 0.0 if ranks == 1 else min(params, _FLAT_NUMBERS) * width)
+            if cfg.optim.kind == "adafactor":  # torch makes all updates before it adds one
+                yield _Moment(whole, 0.0, params * 4.0)
         case 1:
             for moment in _backward(cfg):
                 there = whole if kept else min(moment.num_gradients, params) * width

@@ -26,6 +26,9 @@ POWER_SHARE = Band(0.6, 0.8, 1.0)
 NODE_SHARE = Band(1.2, 1.4, 1.6)
 """Power of a node over that of its GPUs, where accounts.node_overhead_w is 0: GPUs draw about 70 %
 of a server's (Zeus); DGX A100: 6.5 kW for 8 x 400 W."""
+MOST_MTTFS = 30.0
+"""A checkpoint interval with a restart that is longer than so many mean times between failures
+is never survived: one try in e^30 is."""
 _S_PER_H = 3600.0
 
 
@@ -128,8 +131,8 @@ def predict_needs(
     steps: int,
     carbon: Rate | None = None,
     price: Rate | None = None,
-) -> Needs:
-    """Follow a run from its speed to hours, energy and money.
+) -> Needs | None:
+    """Follow a run from its speed to hours, energy and money; None if it never ends.
 
     Args:
         cfg: Of the run.
@@ -140,6 +143,8 @@ def predict_needs(
         carbon: Grams of CO2 per kWh; None is unknown.
         price: Money per kWh; None is unknown.
     """
+    if is_endless(cfg, speed, failures, steps=steps):
+        return None
     ranks, nodes = num_ranks(cfg), cfg.cluster.num_nodes
     mttf_s = failures.mttf_gpu_h / ranks * _S_PER_H
     size_gib = checkpoint_gib(cfg)
@@ -148,11 +153,12 @@ def predict_needs(
     slurm = cfg.cluster.slurm
     write_s = size_gib * GIB / nodes / (slurm.write_mb_per_s * 1e6) if slurm else stall_s
     batch = cfg.batch.global_batch_images
-    interval_s = max(1, round(cfg.checkpoint.every_images / batch)) * speed.step_s.mid
+    train_s = speed.step_s.scaled(steps)
+    interval_s = configured_interval_s(cfg, speed, steps=steps)
     # A checkpoint counts when it is on disk, so the next may not begin before.
     best_s = max(best_interval_s(stall_s, mttf_s), write_s, speed.step_s.mid)
+    best_s = min(best_s, train_s.mid)
     ratio = _overhead(interval_s, stall_s, mttf_s)
-    train_s = speed.step_s.scaled(steps)
     jobs = _num_jobs(cfg, train_s.mid * ratio)
     run_s = Band(*(seconds * ratio + RESTART_S * jobs for seconds in _values(train_s)))
     queue_s = QUEUE_S * jobs if cfg.cluster.kind == "slurm" else 0.0
@@ -160,7 +166,6 @@ def predict_needs(
     gpu_hours = run_h.scaled(ranks)
     kwh = _kwh(cfg, gpu, run_h)
     rate = cfg.accounts.price_per_gpu_hour
-    span = (0.0, 0.0)
     return Needs(
         total_steps=steps,
         mttf_h=mttf_s / _S_PER_H,
@@ -170,7 +175,7 @@ def predict_needs(
         best_interval_s=best_s,
         best_interval_images=max(1, round(best_s / speed.step_s.mid)) * batch,
         interval_s=interval_s,
-        best_loss_frac=1 - 1 / _overhead(best_s, stall_s, mttf_s),
+        best_loss_frac=_lost_frac(best_s, stall_s, mttf_s),
         loss_frac=1 - 1 / ratio,
         num_jobs=jobs,
         num_failures=run_s.mid / mttf_s,
@@ -179,10 +184,23 @@ def predict_needs(
         wall_h=Band(*((seconds + queue_s) / _S_PER_H for seconds in _values(run_s))),
         gpu_hours=gpu_hours,
         kwh=kwh,
-        kg_co2e=kwh.scaled(carbon.mean(*span) / 1e3) if carbon else None,
+        kg_co2e=kwh.scaled(carbon.overall_mean() / 1e3) if carbon else None,
         gpu_cost=None if rate is None else gpu_hours.scaled(rate),
-        energy_cost=kwh.scaled(price.mean(*span)) if price else None,
+        energy_cost=kwh.scaled(price.overall_mean()) if price else None,
     )
+
+
+def configured_interval_s(cfg: TrainConfig, speed: Speed, *, steps: int) -> float:
+    """Return the time between checkpoints; a run saves at its end, so no more than all of it."""
+    every = max(1, round(cfg.checkpoint.every_images / cfg.batch.global_batch_images))
+    return min(every, steps) * speed.step_s.mid
+
+
+def is_endless(cfg: TrainConfig, speed: Speed, failures: Failures, *, steps: int) -> bool:
+    """Say whether failures come so often that a run cannot get from one checkpoint to the next."""
+    mttf_s = failures.mttf_gpu_h / num_ranks(cfg) * _S_PER_H
+    interval_s = configured_interval_s(cfg, speed, steps=steps)
+    return interval_s + RESTART_S > MOST_MTTFS * mttf_s
 
 
 def _num_jobs(cfg: TrainConfig, run_s: float) -> int:
@@ -196,6 +214,12 @@ def _num_jobs(cfg: TrainConfig, run_s: float) -> int:
 
 def _overhead(interval_s: float, stall_s: float, mttf_s: float) -> float:
     return stretched(1.0, interval_s=interval_s, stall_s=stall_s, mttf_s=mttf_s)
+
+
+def _lost_frac(interval_s: float, stall_s: float, mttf_s: float) -> float:
+    if interval_s + stall_s > MOST_MTTFS * mttf_s:
+        return 1.0
+    return 1 - 1 / _overhead(interval_s, stall_s, mttf_s)
 
 
 def _values(band: Band) -> tuple[float, float, float]:

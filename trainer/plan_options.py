@@ -9,6 +9,7 @@ from trainer.config import TrainConfig
 from trainer.errors import BadInput
 from trainer.observe.carbon import Rate
 from trainer.plan_memory import (
+    CONTEXT_BYTES,
     GIB,
     fits,
     largest_micro_batch,
@@ -66,6 +67,8 @@ def options(
         needs = predict_needs(
             changed, speed, gpu, failures, steps=steps, carbon=carbon, price=price
         )
+        if needs is None:
+            continue
         option = Option(
             words=words_of(cfg, changed),
             memory_gib=memory_of(changed).device_bytes / GIB,
@@ -84,6 +87,13 @@ def what_fits(cfg: TrainConfig) -> str:
     The nearest that does is a smaller micro-batch, then recomputing, sharding more, keeping in
     host memory, and more nodes.
     """
+    context = memory_of(cfg).runtime_bytes and CONTEXT_BYTES
+    if cfg.cluster.device_memory_gib * GIB <= context:
+        return (
+            f"A CUDA context alone takes {CONTEXT_BYTES / GIB:g} GiB. Try "
+            f"cluster.device_memory_gib={ceil(memory_of(cfg).device_bytes / GIB)}, and devices "
+            "that have it."
+        )
     for changed in _less_memory(cfg):
         micro = largest_micro_batch(changed, at_most=cfg.batch.micro_batch_images)
         if micro is not None:

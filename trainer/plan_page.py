@@ -38,6 +38,7 @@ from trainer.plan_needs import (
     POWER_SHARE,
     QUEUE_S,
     RESTART_S,
+    configured_interval_s,
     image_latent_bytes,
     predict_data,
 )
@@ -67,9 +68,12 @@ def main(argv: Sequence[str]) -> int:
     for word, after in zip(words, [*words[1:], ""], strict=True):
         key, _, run = word.removeprefix("--").partition("=")
         if key == "compare":
-            if not (run or after):
-                raise BadInput("--compare has no run. Give it: kiln plan --compare RUN.")
-            return compare(Path(run or after))
+            if word == "--compare":
+                run = after
+            if not run:
+                form = "--compare RUN" if word == "--compare" else "compare=RUN"
+                raise BadInput(f"{word} has no run. Give it: kiln plan {form}.")
+            return compare(Path(run))
     if not any(word.startswith("data.dataset=") for word in words):
         words.append("data.dataset=none")
     return run_command(show, TrainConfig, "train", words, name="plan")
@@ -212,8 +216,19 @@ def speed_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
 def time_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
     """Yield hours, failures, and how often to save."""
     needs = made.needs
-    if needs is None:
+    if made.speed is None:
         yield "unknown", "no speed, no time"
+        return
+    if needs is None:
+        mttf_h = made.failures.mttf_gpu_h / num_ranks(cfg)
+        interval_s = configured_interval_s(cfg, made.speed, steps=made.plan.total_steps)
+        yield (
+            "never ends",
+            f"the run does not finish with these failures: one every {rounded(60 * mttf_h)} min "
+            f"({made.failures.words}), and a checkpoint every {rounded(interval_s / 60)} min after "
+            f"{RESTART_S / 60:g} min to start. Give a smaller checkpoint.every_images, fewer "
+            "nodes, or a longer cluster.mttf_gpu_h if that is not so",
+        )
         return
     yield "training", f"{_hours(needs.train_h)} for {needs.total_steps:,} steps"
     yield "with failures", f"{_hours(needs.run_h)} that nodes are held"
@@ -243,7 +258,7 @@ def cost_rows(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
     """Yield GPU hours, money, energy and carbon, or what to give for them."""
     needs, accounts = made.needs, cfg.accounts
     if needs is None:
-        yield "unknown", "no speed, no cost"
+        yield "unknown", "no speed, no cost" if made.speed is None else "it never ends"
         return
     unit = accounts.currency
     yield "GPU hours", str(needs.gpu_hours)
@@ -357,6 +372,12 @@ def assumptions(cfg: TrainConfig, made: Forecast) -> Iterator[Row]:
             else f"{NODE_SHARE.mid:g} times that for the node"
         ),
     )
+    if cfg.accounts.hourly is not None:
+        yield (
+            "rates",
+            f"the mean over all hours of {cfg.accounts.hourly}: when the run will draw its energy "
+            "is not known",
+        )
     yield "failures", f"{RESTART_S / 60:g} min to start again, half an interval done again"
 
 

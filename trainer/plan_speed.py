@@ -58,6 +58,8 @@ ONLINE_FACTOR = 1.4
 the two measurements, for SD2's encoders)."""
 _ADAMW_BYTES = 28
 """Per weight: reads weight, gradient and two moments, writes three of them."""
+_ADAFACTOR_BYTES = 84
+"""Per weight: what torch's passes over weights, gradients and updates read and write."""
 _AVERAGE_BYTES = 12
 
 
@@ -117,11 +119,6 @@ class Speed:
     """Model FLOPs per second over the peak of all devices; recomputed ones do not count."""
     doubts: tuple[Doubt, ...]
 
-    @property
-    def exposed_frac(self) -> float:
-        """Share of a step that waits for communication."""
-        return self.exposed_s / self.step_s.mid
-
 
 @cache
 def constants() -> tuple[float, float]:
@@ -133,7 +130,8 @@ def constants() -> tuple[float, float]:
     """
     gpu = ACCELERATORS[CALIBRATED_ON]
     micros = _PUBLISHED_BATCH // (_PUBLISHED_GPUS * _PUBLISHED_MICRO)
-    update_s = _update_s(gpu, weights=_SD2_PARAMETERS / _PUBLISHED_GPUS, averages=0)
+    bytes_ = _ADAMW_BYTES * _SD2_PARAMETERS / _PUBLISHED_GPUS
+    update_s = _update_s(gpu, bytes_)
     seconds, flops = [], []
     for side, images_per_s in PUBLISHED_IMAGES_PER_S.items():
         seconds.append((_PUBLISHED_BATCH / images_per_s - update_s) / micros)
@@ -174,10 +172,11 @@ def predict_speed(cfg: TrainConfig, *, accumulation_steps: int) -> Speed | None:
     hideable_s = min(can_hide_s, backward_s if cfg.engine.zero_stage < 3 else compute_s)
     owned = num_trained(cfg) / (num_ranks(cfg) if cfg.engine.zero_stage else 1)
     averaged = num_averages(cfg) * num_trained(cfg) / num_ranks(cfg)
-    update_s = _update_s(gpu, weights=owned, averages=averaged)
+    per_weight = _ADAMW_BYTES if cfg.optim.kind == "adamw" else _ADAFACTOR_BYTES
+    bytes_ = per_weight * owned + _AVERAGE_BYTES * averaged
+    update_s = _update_s(gpu, bytes_)
     if cfg.engine.offload != "none":
         moved = 2 * owned * width / (PCIE_GB_PER_S * 1e9)
-        bytes_ = _ADAMW_BYTES * owned + _AVERAGE_BYTES * averaged
         update_s = moved + bytes_ / (HOST_GB_PER_S * 1e9)
     alone_s = compute_s + fixed_s + update_s
     encoding_s = (ONLINE_FACTOR - 1) * alone_s if cfg.data.latents == "online" else 0.0
@@ -251,8 +250,7 @@ def _reading_s(gpu: Accelerator, *, weights: float, width: int) -> float:
     return 3 * weights * width / (gpu.memory_gb_per_s * 1e9)
 
 
-def _update_s(gpu: Accelerator, *, weights: float, averages: float) -> float:
-    bytes_ = _ADAMW_BYTES * weights + _AVERAGE_BYTES * averages
+def _update_s(gpu: Accelerator, bytes_: float) -> float:
     return bytes_ / (MEMORY_SHARE * gpu.memory_gb_per_s * 1e9)
 
 

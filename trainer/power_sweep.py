@@ -17,7 +17,6 @@ from trainer.command import run_command
 from trainer.config_power import PowerSweepConfig
 from trainer.datasets import dataset_places, find_datasets
 from trainer.errors import BadInput
-from trainer.feed import check_feed
 from trainer.frozen import write_yaml
 from trainer.observe.nvml import NvmlReader
 from trainer.observe.power_limit import (
@@ -31,13 +30,11 @@ from trainer.observe.power_limit import (
 from trainer.place import storage
 from trainer.plan import Plan, make_plan
 from trainer.power_points import CONFIG, RECORD, points_of, table, verdict
-from trainer.runtime.compiled import build_cpu_op
 from trainer.runtime.ending import read_stuck
 from trainer.runtime.env import visible_gpus
 from trainer.runtime.local import ALLOCATOR_ENV, run_ranks
 from trainer.runtime.rundir import attempt_dir, locked, new_attempt
 from trainer.runtime.signals import EXIT_REQUEUE
-from trainer.train import check_latents
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +89,8 @@ def sweep(
         (folder / RECORD).unlink(missing_ok=True)
         write_yaml(cfg, folder / CONFIG)
         if cfg.cluster.device == "cpu":
+            from trainer.runtime.compiled import build_cpu_op  # noqa: PLC0415 - loads torch
+
             build_cpu_op()
         attempt = new_attempt(folder)
         try:
@@ -105,6 +104,9 @@ def sweep(
 
 def _check_data(cfg: PowerSweepConfig) -> None:
     """Refuse data that no rank could train on."""
+    from trainer.feed import check_feed  # noqa: PLC0415 - loads torch
+    from trainer.train import check_latents  # noqa: PLC0415 - loads torch
+
     with ExitStack() as stack:
         for where in dataset_places(cfg.data):
             stack.enter_context(storage(where))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from trainer.command import run_command
 from trainer.config import TrainConfig
@@ -90,10 +91,11 @@ def check_latents(cfg: TrainConfig, datasets: Sequence[Dataset], state: TrainSta
 
 
 def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:
+    predicted = recorded_predictions(cfg)
     if cfg.cluster.device == "cpu":
         build_cpu_op()
     attempt = new_attempt(folder)
-    publish_json(folder / "plan.json", asdict(plan) | {"predicted": predictions(cfg)})
+    publish_json(folder / "plan.json", asdict(plan) | predicted)
     if not cfg.logging.quiet:
         for what, how_much in rows(cfg, plan):
             log.info("  %-16s %s", what, how_much)
@@ -115,6 +117,15 @@ def _start(folder: Path, cfg: TrainConfig, plan: Plan) -> int:
         log.error("%s The stacks of its ranks are in their logs.", stuck)
     log.info("the same command continues: kiln train %s", " ".join(sys.argv[2:]))
     return 128 + signal.SIGINT if stuck is None else EXIT_REQUEUE
+
+
+def recorded_predictions(cfg: TrainConfig) -> dict[str, Any]:
+    """Predict for the plan's record; a run that can be trained needs no prediction."""
+    try:
+        return {"predicted": predictions(cfg)}
+    except BadInput as error:
+        log.warning("nothing is predicted of this run: %s", error)
+        return {}
 
 
 def main(argv: Sequence[str]) -> int:

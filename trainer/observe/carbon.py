@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Protocol
 
 from trainer.config_accounts import AccountsConfig
@@ -31,6 +32,9 @@ class Rate(Protocol):
     def mean(self, start_unix_s: float, end_unix_s: float) -> float:
         """Return the mean over a span of time."""
 
+    def overall_mean(self) -> float:
+        """Return the mean over all that is known, for energy of which nobody knows when."""
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -40,6 +44,10 @@ class Constant:
     words: str
 
     def mean(self, start_unix_s: float, end_unix_s: float) -> float:
+        """Return it."""
+        return self.per_kwh
+
+    def overall_mean(self) -> float:
         """Return it."""
         return self.per_kwh
 
@@ -63,6 +71,19 @@ class Hourly:
             BadInput: The file lacks an hour of it.
         """
         return sum(self.per_kwh[idx] * frac for idx, frac in self._parts(start_unix_s, end_unix_s))
+
+    def overall_mean(self) -> float:
+        """Return the mean over the whole table.
+
+        Raises:
+            BadInput: The file has no hours.
+        """
+        if not self.per_kwh:
+            raise BadInput(
+                f"accounts.hourly={self.path} has no hours at all. Add lines, or give "
+                "accounts.grid=COUNTRY instead."
+            )
+        return fmean(self.per_kwh)
 
     def _parts(self, start_unix_s: float, end_unix_s: float) -> Iterator[tuple[int, float]]:
         """Yield (hour, share of the span in it)."""

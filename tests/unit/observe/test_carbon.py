@@ -161,6 +161,14 @@ def test_a_table_without_hours_lacks_them_all(tmp_path):
     assert price is None
     with pytest.raises(BadInput, match="it has no hours at all"):
         table.mean(START_S, START_S)
+    with pytest.raises(BadInput, match=r"accounts\.hourly=.* has no hours at all\. Add lines"):
+        table.overall_mean()
+
+
+def test_the_overall_mean_is_that_over_the_span_of_a_table_without_gaps(tmp_path):
+    table, _ = read_hourly(written(tmp_path, TABLE))
+    end_s = table.starts_unix_s[-1] + HOUR_S
+    assert table.overall_mean() == pytest.approx(table.mean(table.starts_unix_s[0], end_s))
 
 
 def test_what_is_unknown_has_no_rate(tmp_path):

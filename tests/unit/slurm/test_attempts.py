@@ -1,6 +1,10 @@
 import json
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -161,6 +165,34 @@ def test_runs_are_found_in_sweeps_and_pipelines_but_not_in_their_insides(tmp_pat
     found = [folder.relative_to(tmp_path).as_posix() for folder in run_folders(tmp_path)]
     assert found == ["a", "pipe/train", "sweep/000"]
     assert list(run_folders(tmp_path / "a")) == [tmp_path / "a"]
+
+
+FIND_RUNS = """
+import os, sys
+from pathlib import Path
+from slurm.runfile import run_folders
+if os.geteuid() == 0:
+    os.setuid(65534)
+print([folder.name for folder in run_folders(Path(sys.argv[1]))])
+try:
+    list(run_folders(Path(sys.argv[1]) / "foreign"))
+except PermissionError:
+    print("refused")
+"""
+
+
+def test_folders_of_others_are_left_out_of_the_search_but_not_when_they_are_asked_for():
+    with tempfile.TemporaryDirectory() as name:  # tmp_path lies in a folder of the user alone
+        root = Path(name)
+        (root / "mine/attempts").mkdir(parents=True)
+        (root / "foreign/x").mkdir(parents=True)
+        root.chmod(0o755)
+        (root / "foreign").chmod(0)
+        found = subprocess.run(
+            [sys.executable, "-c", FIND_RUNS, name], capture_output=True, text=True, check=True
+        )
+        (root / "foreign").chmod(0o700)
+    assert found.stdout.split("\n")[:2] == ["['mine']", "refused"]
 
 
 def test_half_written_files_are_never_read(tmp_path):

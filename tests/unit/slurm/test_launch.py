@@ -74,6 +74,31 @@ def test_a_dry_run_says_when_it_would_begin(tmp_path, capsys, monkeypatch):
     assert "start.deadline=2020-01-01 00:00" in capsys.readouterr().err
 
 
+def test_the_account_s_hours_choose_the_begin_and_are_in_the_plan(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_hours(tmp_path / "hours.csv", [300, 300, 300, 100, 300, 300])
+    words = [
+        *("start.by=carbon", "start.hours=1"),
+        f"start.deadline={datetime.now(UTC) + timedelta(hours=4):%Y-%m-%dT%H:%M}Z",
+    ]
+    known = [*LAUNCH[2:], "cluster.accelerator=a100_80gb", "accounts.hourly=hours.csv"]
+    assert main(["launch", "night", *known, "dry_run=true", *words]) == 0
+    assert "100 gCO2/kWh over 1 h" in capsys.readouterr().out
+    assert main(["plan", *known]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the mean over all hours of hours.csv" in said
+
+
+def test_a_table_of_hours_that_is_not_there_is_refused_and_nothing_is_left(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for command in (LAUNCH, [*LAUNCH, "dry_run=true"], ["plan", *LAUNCH[2:]]):
+        assert main([*command, "accounts.hourly=none.csv"]) == 2
+        assert "accounts.hourly=none.csv cannot be read" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_run_knows_nothing_of_when_its_job_begins(tmp_path):
     words = ["name=x", *LAUNCH[2:]]
     waits = ["start.by=price", "start.hourly=h.csv", "start.deadline=2026-12-01", "start.hours=3"]

@@ -50,9 +50,11 @@ def test_of_cpus_tensors_are_not_compared_with_a_process(tmp_path):
 
 
 def test_a_comparison_without_a_run_is_refused(capsys):
-    for word in ("--compare", "compare="):
-        assert main(["plan", word]) == 2
-        assert "Give it: kiln plan --compare RUN" in capsys.readouterr().err
+    for words in (["--compare"], ["compare="], ["compare=", "experiment=x"], ["compare", "run"]):
+        assert main(["plan", *words]) == 2
+        form = "--compare RUN" if words[0] == "--compare" else "compare=RUN"
+        said = capsys.readouterr().err
+        assert f"{words[0]} has no run. Give it: kiln plan {form}" in said
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,24 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.tiny import tiny_config
 from trainer.config import TrainConfig
 from trainer.errors import BadInput
 from trainer.frozen import compose
 from trainer.models.costs import activation_bytes, backward_moments
+from trainer.models.denoisers import denoiser_class, diffusers_options
+from trainer.plan import make_plan
 from trainer.plan_forecast import check_run
 from trainer.plan_memory import (
     GIB,
+    checkpoint_gib,
     largest_micro_batch,
+    moments_per_weight,
     num_ranks,
     predict_memory,
+    state_bytes,
     with_micro_batch,
 )
 from trainer.plan_options import with_stages
@@ -156,3 +162,43 @@ def test_states_that_do_not_fit_are_refused_with_words_that_do(words, advice):
     typed = [word.strip(".,") for word in told.split() if "=" in word]
     assert any(advice in word for word in typed)
     check_run(sd2(*words, *typed))
+
+
+@pytest.mark.parametrize("gib", [0.5, 1, 1.5])
+def test_where_no_cuda_context_fits_only_the_memory_is_to_be_changed(gib):
+    words = ["experiment=pixart_256", "data.dataset=none"]
+    with pytest.raises(BadInput, match=r"A CUDA context alone takes 1\.5 GiB\. Try ") as refused:
+        check_run(compose(TrainConfig, "train", [*words, f"cluster.device_memory_gib={gib}"]))
+    told = str(refused.value).rpartition("Try ")[2]
+    typed = [word.strip(".,") for word in told.split() if "=" in word]
+    assert [word.partition("=")[0] for word in typed] == ["cluster.device_memory_gib"]
+    check_run(compose(TrainConfig, "train", [*words, *typed]))
+
+
+ADAFACTOR = ["optim.kind=adafactor", "engine.zero_stage=0", "engine.precision=fp32"]
+
+
+@pytest.mark.parametrize("word", ["model=transformer_tiny", "model=unet_tiny", SD2[0]])
+def test_adafactor_remembers_what_torch_makes_of_the_real_network(word):
+    cfg = compose(TrainConfig, "train", [word, "data.dataset=none", *ADAFACTOR, "cluster=local"])
+    with torch.device("meta"):
+        network = denoiser_class(cfg.model)(**diffusers_options(cfg.model))
+    shapes = [param.shape for param in network.parameters()]
+    remembered = sum(
+        shape.numel() // shape[-1] + shape.numel() // shape[-2] if len(shape) > 1 else shape.numel()
+        for shape in shapes
+    )
+    total = sum(shape.numel() for shape in shapes)
+    # Tables that are no layer, such as PixArt's shifts, count as vectors.
+    assert moments_per_weight(cfg) == pytest.approx(remembered / total, rel=0.01, abs=0.003)
+
+
+def test_adafactor_takes_less_memory_and_smaller_checkpoints_and_starts_where_adamw_does_not_fit():
+    words = [*ADAFACTOR, "batch.micro_batch_images=1", "engine.activation_checkpointing=true"]
+    ours, adamw = sd2(*words), sd2(*words, "optim.kind=adamw")
+    assert state_bytes(ours)[2] < state_bytes(adamw)[2] / 2
+    assert checkpoint_gib(ours) < checkpoint_gib(adamw)
+    between = sd2(*words, "cluster.device_memory_gib=12")
+    make_plan(between)
+    with pytest.raises(BadInput, match="optimizer and EMA take"):
+        make_plan(sd2(*words, "cluster.device_memory_gib=12", "optim.kind=adamw"))

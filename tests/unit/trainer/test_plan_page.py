@@ -73,6 +73,18 @@ def test_without_a_device_the_page_says_what_to_give(words, says):
     assert "Alternatives" not in text
 
 
+def test_a_run_that_never_ends_is_said_to_and_has_no_hours():
+    _, text = shown("cluster.mttf_gpu_h=0.04")
+    assert "does not finish with these failures: one every " in text
+    assert "wall time" not in text
+    assert "GPU hours" not in text
+
+
+def test_a_word_that_is_no_pair_is_answered_with_the_command_that_was_typed(capsys):
+    assert main(["plan", "experiment=sd2_512", "data.dataset", "/nope"]) == 2
+    assert "`kiln plan --help` lists the keys" in capsys.readouterr().err
+
+
 def test_an_autoencoder_has_a_plan_without_speed(capsys):
     assert main(["plan", "experiment=scenes_autoencoder"]) == 0
     assert "nothing is predicted" in capsys.readouterr().out

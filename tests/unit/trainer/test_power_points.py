@@ -1,6 +1,8 @@
 """A sweep over power limits finds the law of the device that it measures."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -154,3 +156,8 @@ def test_the_table_and_the_verdict_say_what_a_limit_costs_and_saves():
     assert (
         verdict([points[0], points[2]]) == "no limit saves energy at 95 % of the speed without one"
     )
+
+
+def test_the_command_imports_without_torch():
+    code = "import sys, trainer.power_sweep; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
