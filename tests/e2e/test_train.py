@@ -83,9 +83,7 @@ def test_a_run_leaves_its_whole_story(whole):
     assert {"init", "productive", "checkpoint_stall", "data_stall"} <= {r["bucket"] for r in ledger}
     # Of the joules of the start a step has at most those since the last reading, a second before.
     init_j = sum(row["joules"] for row in ledger if row["bucket"] == "init")
-    told_j = [row["images_seen"] * (row["energy/j_per_image"] or 0) for row in rows]
-    assert told_j[0] < init_j / 2
-    assert told_j[-1] > 0
+    assert rows[0]["images_seen"] * (rows[0]["energy/j_per_image"] or 0) < init_j / 2
     assert (whole / "config.yaml").exists()
     assert (whole / "attempts/000/rank_00001.log").exists()
 
@@ -258,7 +256,10 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_stands(encoded, tiny_d
         (["autoencoder.path=nowhere"], "autoencoder.path"),
         (["encoders.text.max_tokens=8"], "has no latents of this config's encoders"),
         (["model.latent_channels=5"], "Give model.latent_channels="),
-        (["batch.global_batch_images=9"], "Try 8 or 16"),
+        (
+            ["batch.global_batch_images=9"],
+            "Try batch.global_batch_images=8 or batch.global_batch_images=16",
+        ),
         (["experiment=sd2_256"], "`kiln launch` renders their sbatch script"),
     ],
 )
