@@ -87,7 +87,7 @@ def test_a_word_that_is_no_pair_is_answered_with_the_command_that_was_typed(caps
 
 def test_an_autoencoder_has_a_plan_without_speed(capsys):
     assert main(["plan", "experiment=scenes_autoencoder"]) == 0
-    assert "nothing is predicted" in capsys.readouterr().out
+    assert "nothing is predicted" in " ".join(capsys.readouterr().out.split())
 
 
 def test_of_a_dataset_the_manifest_is_read(tmp_path, capsys):
